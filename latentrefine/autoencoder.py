@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import PROMPT_SLOTS, UNK, VOCAB, device, generator
-from .training import drop_state, fit, read_model, rows_at, save_model
+from .training import finish, fit, read_model, rows_at
 
 # %% ../nbs/20_autoencoder.ipynb #c05
 class TokenReader(nn.Module):
@@ -98,9 +98,7 @@ def train_autoencoder(corpus, encoder, config, kept, training, folder):
         loss, probability = token_scores_of(net.decoder, net.project(states), ids, mask, training.slots, generator(training.seed, "slots", step))
         return loss, dict(target_probability=probability)
     curve = fit(net, loss_at, training, folder, f"autoencoder d={config.width}")
-    save_model(folder, net, {**asdict(config), "encoder": encoder.name, "encoder_digest": encoder.digest, "training": asdict(training)})
-    drop_state(folder)
-    return net.requires_grad_(False), curve
+    return finish(folder, net, {**asdict(config), "encoder": encoder.name, "encoder_digest": encoder.digest}, training, curve), curve
 
 
 def load_autoencoder(folder, encoder, **expected):

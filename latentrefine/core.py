@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #c05
@@ -95,8 +96,8 @@ def generator(seed, *labels):
 
 
 def story_noise(batch, width, seed):
-    "Gaussian noise [batch, 32, width]; a story's noise depends on its own tokens and the seed, not on its neighbours."
-    rows = torch.cat([batch.prompt_ids, batch.draft_ids], 1).tolist()
+    "Gaussian noise [batch, 32, width]; a story's noise depends on its own prompt and the seed, not on draft or neighbours."
+    rows = batch.prompt_ids.tolist()
     return torch.stack([torch.randn(TARGET_SLOTS, width, generator=generator(seed, tuple(row))) for row in rows])
 
 # %% ../nbs/00_core.ipynb #c19
@@ -121,8 +122,8 @@ def writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         os.replace(scratch, path)
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another --out folder") from error
+    except (OSError, SafetensorError) as error:
+        raise StudyError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); free some space or choose another --out folder") from error
     finally:
         if scratch.exists(): scratch.unlink()
 

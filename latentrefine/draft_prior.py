@@ -17,7 +17,7 @@ from .autoencoder import draft_latents, target_latents, token_scores_of
 from .blocks import Attention, place_features
 from .core import TARGET_SLOTS, device, generator
 from .drafts import with_drafts
-from .training import drop_state, fit, read_model, rows_at, save_model
+from .training import finish, fit, read_model, rows_at
 
 # %% ../nbs/21_draft_prior.ipynb #c05
 class PriorLayer(nn.Module):
@@ -120,9 +120,7 @@ def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder
         z_0 = prior(z_d, z_p, batch.draft_mask, batch.prompt_mask, noise)
         return start_loss(z_0, target_latents(autoencoder, states), autoencoder.decoder, batch, config, training.slots, gen)
     curve = fit(prior, loss_at, training, folder, f"DraftPrior d={config.width} at {', '.join(f'{p:.0%}' for p in dropouts)}")
-    save_model(folder, prior, {**asdict(config), "dropouts": list(dropouts), "training": asdict(training)})
-    drop_state(folder)
-    return prior.requires_grad_(False), curve
+    return finish(folder, prior, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
 
 
 def load_prior(folder, **expected):

@@ -135,12 +135,11 @@ def clean_hidden(encoder, batch, folder, size=64):
     shape = (len(batch), PROMPT_SLOTS + TARGET_SLOTS, encoder.width)
     if not path.exists():
         with writing(path) as scratch:
-            table = np.lib.format.open_memmap(scratch, "w+", np.float16, shape)
-            for number, part in enumerate(tqdm(batch.chunks(size), desc="encoding clean stories", mininterval=5)):
-                part = part.to(device())
-                states = encoder.hidden(part.prompt_ids, part.prompt_mask, part.target_ids, part.target_mask)
-                table[number * size:number * size + len(part)] = states.cpu().numpy()
-            table.flush()
+            with scratch.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
+                for part in tqdm(batch.to(device()).chunks(size), desc="encoding clean stories", mininterval=5):
+                    states = encoder.hidden(part.prompt_ids, part.prompt_mask, part.target_ids, part.target_mask)
+                    file.write(states.cpu().numpy().astype("<f2").tobytes())
     try: table = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error: raise StudyError(f"{path}: truncated or damaged ({error}); delete it and run again") from error
     if table.shape != shape: raise StudyError(f"{path}: holds {table.shape}, expected {shape}; delete it and run again")

@@ -18,7 +18,7 @@ from .blocks import Attention, place_features, time_features
 from .core import device, generator
 from .draft_prior import drafted, start
 from .metric import MetricConfig, MetricNet, identity_penalty, identity_weight
-from .training import drop_state, fit, read_model, rows_at, save_model
+from .training import finish, fit, read_model, rows_at
 from .transport import transport_loss
 
 # %% ../nbs/23_flow.ipynb #c05
@@ -134,9 +134,8 @@ def train_flow(corpus, encoder, autoencoder, prior, config, metric_config, dropo
         return matching + config.ce_weight * ce + config.ot_weight * transport + penalty, {**logs, "force_error": matching.item()}
     curve = fit(both, loss_at, training, folder, f"{'flow' if metric is None else 'flow, metric and transport'} d={config.width}")
     note = {**asdict(config), "metric": None if metric is None else asdict(metric_config)}
-    save_model(folder, both, {**note, "dropouts": list(dropouts), "training": asdict(training)})
-    drop_state(folder)
-    return flow.requires_grad_(False), metric and metric.requires_grad_(False), curve
+    finish(folder, both, {**note, "dropouts": list(dropouts)}, training, curve)
+    return flow, metric, curve
 
 
 def load_flow(folder, **expected):
@@ -165,6 +164,5 @@ def train_gaussian_flow(corpus, encoder, autoencoder, config, training, folder):
         loss = (force - velocity)[batch.target_mask].float().square().mean()
         return loss, dict(force_error=loss.item())
     curve = fit(flow, loss_at, training, folder, f"flow from noise d={config.width}")
-    save_model(folder, nn.ModuleDict({"flow": flow}), {**asdict(config), "metric": None, "training": asdict(training)})
-    drop_state(folder)
-    return flow.requires_grad_(False), curve
+    finish(folder, nn.ModuleDict({"flow": flow}), {**asdict(config), "metric": None}, training, curve)
+    return flow, curve

@@ -85,10 +85,10 @@ def run_node(name, notebook, parameters, out):
 
 
 def main(spec):
-    "Run the node of a JSON spec; returns the exit code."
+    "Run the node of a JSON spec file; returns the exit code."
     die_with_parent()
-    try: run_node(**json.loads(spec))
-    except (StudyError, RuntimeError) as error:
+    try: run_node(**json.loads(Path(spec).read_text(encoding="utf-8")))
+    except (StudyError, RuntimeError, OSError) as error:
         print(f"latentrefine: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, StudyError) else 1
     return 0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .autoencoder import TokenReader, valid_slots
 from .core import device, generator
 from .draft_prior import drafted
-from .training import drop_state, fit, read_model, save_model
+from .training import finish, fit, read_model
 
 # %% ../nbs/25_readout.ipynb #c05
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def train_head(corpus, autoencoder, refined, config, dropouts, training, folder)
         fused = F.cross_entropy(fuse(frozen, own, config.share), target)
         return fused + config.own_weight * F.cross_entropy(own, target), dict(ce=fused.item())
     curve = fit(head, loss_at, training, folder, f"auxiliary head d={config.width}")
-    save_model(folder, head, {**asdict(config), "dropouts": list(dropouts), "training": asdict(training)})
-    drop_state(folder)
-    return head.requires_grad_(False), curve
+    return finish(folder, head, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
 
 
 def load_head(folder, autoencoder, **expected):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .autoencoder import AutoencoderConfig, load_autoencoder, prompt_latents, target_latents, train_autoencoder
-from .core import TARGET_SLOTS, UNK, RefineOutput, StudyError, device, story_noise, write_text
+from .core import PROMPT_SLOTS, TARGET_SLOTS, UNK, RefineOutput, StudyError, device, story_noise, write_text
 from .draft_prior import DraftPriorConfig, load_prior, start, train_prior
 from .drafts import clean_batch
 from .encoder import Corpus, Encoder, clean_hidden
@@ -40,6 +40,9 @@ class DCLR:
 
     @property
     def width(self): return self.autoencoder.config.width
+
+    @property
+    def moves(self): return self.flow is not None     # whether the number of Euler steps means anything
 
     @torch.no_grad()
     def latents(self, batch, steps):
@@ -140,11 +143,12 @@ def oracle(encoder, autoencoder, batch):
 
 @dataclass(frozen=True)
 class GaussianStart:
-    "The flow from noise, given the prompt alone: a System that ignores the draft's content."
+    "The flow from noise, given the prompt alone: the draft is not read."
     encoder: Encoder
     autoencoder: object
     flow: FlowNet
     name: str = "Gaussian start"
+    moves = True
 
     @torch.no_grad()
     def slot_logits(self, batch, steps, seed):
@@ -162,6 +166,8 @@ def refine_text(system, prompt, draft, steps=4, seed=1337):
     if not draft.strip(): raise StudyError("draft: it is empty; give the text to refine")
     if not prompt.strip(): raise StudyError("prompt: it is empty; give the sentences before the draft")
     *slots, truncated = to_slots([prompt], [draft], system.encoder.tokenizer)
+    words = len(system.encoder.tokenizer(prompt, add_special_tokens=False).input_ids)
+    if words > PROMPT_SLOTS - 2: raise StudyError(f"prompt: {words} word pieces, {PROMPT_SLOTS - 2} fit; shorten it")
     if truncated[0]: raise StudyError(f"draft: longer than the {TARGET_SLOTS} target slots; shorten it")
     logits = system.slot_logits(clean_batch(*slots), steps, seed).logits[0].cpu()
     probability, ids = logits.softmax(-1).max(-1)

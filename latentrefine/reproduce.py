@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'Node', 'stage_nodes', 'nodes', 'syntax', 'modules_of', 'code_of', 'stories_mark', 'key_of', 'spec_of',
-           'follow', 'engine', 'reproduce', 'evaluate', 'parser', 'print_tables', 'absolute', 'run_command', 'main']
+           'follow', 'engine', 'reproduce', 'trained_on', 'evaluate', 'parser', 'print_tables', 'absolute',
+           'run_command', 'main']
 
 # %% ../nbs/62_reproduce.ipynb #c02
 import argparse
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -26,13 +28,15 @@ from tqdm.auto import tqdm
 
 from .core import ROOT, StudyError, generator, provenance, save_rows, write_text
 from .drafts import clean_batch, with_drafts
+from .encoder import Remembering
 from .notebooks import EXPERIMENTS, die_with_parent, lock
 from .refiner import oracle, refine_text
+from .report import PUBLISHED
 from .stories import read_stories, slot_stories
 from .study import EVALUATION_SEED, FIGURE_RATE, MAIN_RATE, SOURCES, SYSTEMS, Study, measure, open_system, percent, prior_name, row_of
 
 # %% ../nbs/62_reproduce.ipynb #c05
-COMMON = ("limit", "encoder", "precision", "vocabulary", "widths", "shared_prior")
+COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,14 @@ class Node:
     settings: dict = field(default_factory=dict)
 
     @property
-    def product(self): return f"models/{self.name}/config.json" if self.notebook.startswith("stage_") else self.table
+    def done(self): return f"logs/{self.name}.done"     # kept out of git: a fresh clone has run nothing
 
     @property
-    def table(self): return "report.html" if self.name == "report" else f"tables/{self.name}.json"
+    def products(self):
+        "Files the node makes, relative to the output folder."
+        if self.name == "report": return ["report.html"]
+        if self.notebook.startswith("stage_"): return [f"models/{self.name}/{file}" for file in ("config.json", "model.safetensors", "curve.csv")]
+        return [f"tables/{self.name}.{kind}" for kind in ("json", "csv", "md")]
 
 
 def stage_nodes(study):
@@ -66,7 +74,7 @@ def stage_nodes(study):
     nodes += [stage(f"head-{kind}-{place}", "head", [f"{kind}-{place}"], "head", ("head", "flow"), with_metric=kind == "metric") for kind in ("flow", "metric")]
     return nodes + [stage(f"residual-{place}", "residual", [prior_name(study, full, MAIN_RATE)], "residual", ("residual",)),
                     stage(f"gaussian-{full}", "gaussian_flow", [f"autoencoder-{full}"], "gaussian", ("flow",)),
-                    stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",))]
+                    *([stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",))] if p["gpt2"] == "trained" else [])]
 
 
 def nodes(study):
@@ -82,7 +90,7 @@ def nodes(study):
               experiment("table4", [f"flow-{place}"], "flow_steps"), experiment("table5", full_system, "samples"),
               experiment("table6", (*full_system, prior_name(study, study.narrow, MAIN_RATE)), "flow_steps"),
               experiment("figure1", [f"metric-{full}-{percent(FIGURE_RATE)}"]), experiment("gaussian_start", [f"gaussian-{full}", *full_system], "flow_steps"),
-              experiment("gpt2_comparison", ["gpt2", *full_system], "samples", "gpt2")]
+              experiment("gpt2_comparison", [*(n.name for n in stages if n.name == "gpt2"), *full_system], "samples", "gpt2")]
     report = Node("report", "report", tuple(n.name for n in tables))
     return {n.name: n for n in [tables[0], *stages, *tables[1:], report]}
 
@@ -125,7 +133,8 @@ def stories_mark(source):
 
 def key_of(study, node):
     "The digest of everything a node's result depends on, short of the nodes it needs."
-    facts = [node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, study.seed, stories_mark(study.source), code_of(node.notebook)]
+    numbers = PUBLISHED / f"{node.name}.csv"
+    facts = [numbers.read_text() if numbers.exists() else "", node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, study.seed, stories_mark(study.source), code_of(node.notebook)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/62_reproduce.ipynb #c12
@@ -157,7 +166,10 @@ def follow(process, log):
 
 def engine(study, targets, cores):
     "The Snakemake command for a study, and its environment."
-    settings = dict(targets=targets, python=sys.executable, study=dict(preset=str(study.preset_path), stories=str(study.source), out=str(study.out), seed=study.seed))
+    graph, due = nodes(study), list(targets)
+    for name in due: due += [n for n in graph[name].needs if n not in due]
+    for name in due: write_text(study.out / "logs" / f"{name}.json", spec_of(study, graph[name]))
+    settings = dict(targets=due, python=sys.executable, study=dict(preset=str(study.preset_path), stories=str(study.source), out=str(study.out), seed=study.seed))
     write_text(study.out / "logs" / "study.json", json.dumps(settings))
     return [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "nbs" / "Snakefile"), "--directory", str(study.out), "--cores", str(cores),
             "--configfile", str(study.out / "logs" / "study.json"), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
@@ -175,7 +187,9 @@ def reproduce(study, targets, cores):
             process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, close_fds=False, preexec_fn=die_with_parent)
         try: text = follow(process, log)
         except KeyboardInterrupt:
-            process.wait(timeout=60)
+            process.send_signal(signal.SIGINT)
+            try: process.wait(timeout=30)
+            except subprocess.TimeoutExpired: process.kill()
             raise
     if process.returncode:
         reasons = dict.fromkeys(re.findall(r"^latentrefine: error: (.*)$", text, re.M))
@@ -183,22 +197,34 @@ def reproduce(study, targets, cores):
     return None if "Nothing to be done" in text else time.monotonic() - began
 
 # %% ../nbs/62_reproduce.ipynb #c14
+def trained_on(study):
+    "The stories a study's models were trained on, as its node `stories` noted them."
+    note = study.out / "models" / "source.json"
+    return json.loads(note.read_text(encoding="utf-8")) if note.exists() else study.source
+
+
 def evaluate(study, source, dropout, system_name, limit=None):
     "Rows of oracle, no-op and one system on the stories of any source; also written to evaluations/."
     if not 0 <= dropout <= 1: raise StudyError(f"dropout {dropout}: a share between 0 and 1 is needed, such as 0.05")
-    system = open_system(study, system_name)
+    study.encoder = Remembering(study.encoder)
+    rate = dropout if system_name == "DraftPrior" and dropout in study.preset["dropouts"] else MAIN_RATE    # refiners exist at one rate
+    system, nothing = open_system(study, system_name, dropout=rate), open_system(study, "no-op")
+    study.source = trained_on(study)
     known = {story.text for story in study.splits["train"]}
-    stories = [story for story in read_stories(source, limit) if story.text not in known]
+    given = read_stories(source, limit)
+    stories = [story for story in given if story.text not in known]
     if not stories: raise StudyError(f"{source}: every story in it was used in training; give other stories")
-    batch = clean_batch(*slot_stories(stories, study.encoder.tokenizer)[:4])
+    *slots, cut = slot_stories(stories, study.encoder.tokenizer)
+    batch = clean_batch(*slots)
     drafts = with_drafts(batch, dropout, generator(EVALUATION_SEED, "draft", "evaluation", "file", dropout))
     steps = study.preset["flow_steps"]
     readers = {"oracle": lambda part: oracle(study.encoder, system.autoencoder, part),
-               "no-op": lambda part: open_system(study, "no-op").slot_logits(part, 0, study.seed),
+               "no-op": lambda part: nothing.slot_logits(part, 0, study.seed),
                system_name: lambda part: system.slot_logits(part, steps, study.seed)}
     label = source if source in SOURCES else Path(source).name
-    rows = [{**row_of(study, name, study.full, dropout, steps, measure(read, drafts), split="file"), "evaluated": label} for name, read in readers.items()]
-    target = study.out / "evaluations" / f"{label}-{percent(dropout)}.json"
+    facts = dict(evaluated=label, trained_dropout=rate, left_out=len(given) - len(stories), targets_truncated=cut.float().mean().item())
+    rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts), split="file"), **facts} for name, read in readers.items()]
+    target = study.out / "evaluations" / f"{label}-{system_name.replace(' ', '_')}-{percent(dropout)}.json"
     save_rows(target, rows, provenance("evaluate", study.preset_name, time.monotonic() - study.started))
     return rows, target
 
@@ -221,10 +247,9 @@ def parser():
     two = command("refine", "Refine a draft: text in, refined text and the probability of each token out.")
     two.add_argument("--prompt", required=True, default=argparse.SUPPRESS, help="the sentences before the draft"); two.add_argument("--draft", required=True, default=argparse.SUPPRESS, help="the text to refine")
     three = command("evaluate", "Score a trained system on any stories: CE, target probability, top-1, beside oracle and no-op. "
-                    "--stories names the stories to score; the system is the preset's, trained on the preset's stories.")
+                    "--stories names the stories to score; the system is the one that the preset's last run trained.")
     three.add_argument("--dropout", type=float, default=MAIN_RATE, help="share of target tokens dropped to make the drafts")
     three.add_argument("--limit", type=int, default=None, help="score at most this many stories")
-    three.add_argument("--trained-on", default="", help="stories the preset's models were trained on; empty: the preset's")
     for sub in (two, three): sub.add_argument("--system", default="full", choices=SYSTEMS, help="which system")
     four = command("tables", "Print the tables of a preset.")
     four.add_argument("names", nargs="*", metavar="TABLE", help="tables such as table2; none: all")
@@ -250,8 +275,7 @@ def run_command(given):
     "Carry out parsed arguments."
     stories = absolute(given.stories, SOURCES)
     preset = absolute(given.preset) if given.preset.endswith((".yaml", ".yml")) else given.preset
-    trained_on = absolute(given.trained_on, SOURCES) if given.command == "evaluate" else stories
-    study = Study(preset, trained_on, absolute(given.out), given.seed)
+    study = Study(preset, "" if given.command == "evaluate" else stories, absolute(given.out), given.seed)
     if given.command == "reproduce":
         if given.cores < 1: raise StudyError(f"--cores {given.cores}: at least 1 is needed")
         seconds = reproduce(study, given.targets, given.cores)
@@ -263,7 +287,8 @@ def run_command(given):
     if given.command == "evaluate":
         rows, target = evaluate(study, stories or study.source, given.dropout, given.system, given.limit)
         columns = ["system", "n", "ce", "target_probability", "target_probability_low", "target_probability_high", "top1"]
-        print(pd.DataFrame(rows)[columns].to_markdown(index=False, floatfmt=".3f") + f"\n\nwritten: {target}")
+        print(pd.DataFrame(rows)[columns].to_markdown(index=False, floatfmt=".3f"))
+        print(f"\n{rows[0]['left_out']} training stories left out; {rows[0]['targets_truncated']:.1%} of targets do not fit in 32 slots and are cut\nwritten: {target}")
     if given.command == "tables": print_tables(study, given.names)
 
 
@@ -273,6 +298,7 @@ def main(arguments=None):
     except StudyError as error:
         print(f"latentrefine: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # the reader, such as head, has left
     except KeyboardInterrupt:
         print("\nlatentrefine: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130

@@ -14,7 +14,7 @@ from torch import nn
 from .autoencoder import target_latents
 from .core import device, generator
 from .draft_prior import CorrectionNet, DraftPriorConfig, drafted, start, start_loss
-from .training import drop_state, fit, read_model, save_model
+from .training import finish, fit, read_model
 
 # %% ../nbs/24_residual.ipynb #c05
 @dataclass(frozen=True)
@@ -45,9 +45,7 @@ def train_residual(corpus, encoder, autoencoder, prior, config, dropouts, traini
         z_s, gen = target_latents(autoencoder, states), generator(training.seed, "residual", step)
         return start_loss(z, z_s, autoencoder.decoder, batch, config, training.slots, gen)
     curve = fit(residual, loss_at, training, folder, f"bounded residual d={config.width}")
-    save_model(folder, residual, {**asdict(config), "dropouts": list(dropouts), "training": asdict(training)})
-    drop_state(folder)
-    return residual.requires_grad_(False), curve
+    return finish(folder, residual, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
 
 
 def load_residual(folder, **expected):

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..core import PAD, SEP, TARGET_SLOTS, VOCAB, StudyError, device
 from ..stories import from_slots
-from ..training import drop_state, fit, read_model, rows_at, save_model
+from ..training import finish, fit, read_model, rows_at
 
 # %% ../../nbs/baselines/50_gpt2.ipynb #c05
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def packed(batch):
 
 
 def new_gpt2(size):
-    "A randomly initialised GPT-2 over the study's vocabulary."
+    "A randomly initialised GPT-2 over the study's vocabulary, without dropout: its randomness could not be resumed."
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=2 * TARGET_SLOTS, n_embd=size.width, n_layer=size.layers,
-                                      n_head=size.heads, bos_token_id=None, eos_token_id=SEP, pad_token_id=PAD, loss_type="ForCausalLM"))
+                                      n_head=size.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=SEP, pad_token_id=PAD, loss_type="ForCausalLM"))
 
 # %% ../../nbs/baselines/50_gpt2.ipynb #c09
 def train_gpt2(corpus, size, training, folder):
@@ -50,8 +50,7 @@ def train_gpt2(corpus, size, training, folder):
         loss = F.cross_entropy(net.lm_head(states[places]).float(), ids[:, 1:][places])
         return loss, dict(ce=loss.item())
     curve = fit(net, loss_at, training, folder, "GPT-2 (small, trained here)")
-    save_model(folder, net.transformer, {**asdict(size), "training": asdict(training)})
-    drop_state(folder)
+    finish(folder, net.transformer, asdict(size), training, curve)
     return net.requires_grad_(False), curve
 
 
@@ -67,11 +66,11 @@ def load_gpt2(folder, **expected):
 def continue_prompts(net, tokenizer, batch, seed, size=64):
     "Continuations (strings) of the prompts of a batch by a GPT-2 over the study's vocabulary."
     texts = []
+    torch.manual_seed(seed)
     for part in batch.chunks(size):
         order = part.prompt_mask.int().argsort(dim=1, stable=True)                    # padding to the left
         ids, mask = part.prompt_ids.gather(1, order).to(device()), part.prompt_mask.gather(1, order).to(device())
-        torch.manual_seed(seed)
-        out = net.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True, max_new_tokens=TARGET_SLOTS, pad_token_id=PAD, eos_token_id=SEP)
+        out = net.generate(input_ids=ids, attention_mask=mask.long(), do_sample=True, top_k=0, max_new_tokens=TARGET_SLOTS, pad_token_id=PAD, eos_token_id=SEP)
         texts += from_slots(out[:, ids.shape[1]:].cpu(), tokenizer)
     return texts
 
@@ -84,9 +83,9 @@ def hub_continuations(name, prompts, seed, size=32):
     except Exception as error:  # transformers raises many kinds here; all mean that the name cannot be read
         raise StudyError(f"gpt2 {name}: cannot be read ({str(error).splitlines()[0][:120]}); go online, give a local folder, or set `gpt2: trained`") from error
     net, tokenizer.pad_token, texts = net.eval().to(device()), tokenizer.eos_token, []
+    torch.manual_seed(seed)
     for i in range(0, len(prompts), size):
         marks = tokenizer(prompts[i:i + size], padding=True, return_tensors="pt").to(device())
-        torch.manual_seed(seed)
-        out = net.generate(**marks, do_sample=True, max_new_tokens=TARGET_SLOTS, pad_token_id=tokenizer.eos_token_id)
+        out = net.generate(**marks, do_sample=True, top_k=0, max_new_tokens=TARGET_SLOTS, pad_token_id=tokenizer.eos_token_id)
         texts += [t.strip().lower() for t in tokenizer.batch_decode(out[:, marks.input_ids.shape[1]:], skip_special_tokens=True)]
     return texts
