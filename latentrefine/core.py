@@ -97,7 +97,7 @@ def generator(seed, *labels):
 
 def story_noise(batch, width, seed):
     "Gaussian noise [batch, 32, width]; a story's noise depends on its own prompt and the seed, not on draft or neighbours."
-    rows = batch.prompt_ids.tolist()
+    rows = batch.prompt_ids.where(batch.prompt_mask, PAD).tolist()
     return torch.stack([torch.randn(TARGET_SLOTS, width, generator=generator(seed, tuple(row))) for row in rows])
 
 # %% ../nbs/00_core.ipynb #c19

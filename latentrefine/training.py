@@ -75,7 +75,7 @@ def read_model(folder, **expected):
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         intact = model_digest(folder, config) == config["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise StudyError(f"model {folder}: cannot be read ({error}); delete the folder, then {remedy}") from error
     if not intact: raise StudyError(f"{folder / 'model.safetensors'} or its config.json: truncated or changed since it was saved; delete the folder, then {remedy}")
     for field, value in expected.items():

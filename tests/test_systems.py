@@ -1,0 +1,211 @@
+"What every system promises: shapes, honest counts, no look at the target, no effect of padding, of neighbours or of the seed."
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latentrefine.core import CLS, PAD, SEP, VOCAB, StudyError
+from latentrefine.draft_prior import DraftPriorConfig, drafted, train_prior
+from latentrefine.encoder import Corpus
+from latentrefine.flow import FlowConfig, train_gaussian_flow
+from latentrefine.recoverability import token_scores
+from latentrefine.refiner import oracle
+from latentrefine.study import EVALUATION_SEED, MAIN_RATE, SYSTEMS, Study, open_gaussian, open_system
+from latentrefine.training import Training
+
+GAUSSIAN = "Gaussian start"
+ALL = (*SYSTEMS, GAUSSIAN)
+FLOWS = ("local flow", "metric + OT", "fused readout", "full")
+HEADS = ("fused readout", "full")
+
+
+@pytest.fixture(scope="module")
+def study(trained): return trained
+
+
+@pytest.fixture(scope="module")
+def systems(study): return {name: open_gaussian(study) if name == GAUSSIAN else open_system(study, name) for name in ALL}
+
+
+@pytest.fixture(scope="module")
+def drafts(study): return study.drafts(.10, count=4)
+
+
+def networks(system):
+    "The networks a system may call, each once."
+    parts = ("prior", "flow", "metric", "residual", "head")
+    return [system.encoder.model, system.autoencoder.decoder, *(net for net in (getattr(system, p, None) for p in parts) if net is not None)]
+
+
+def same(a, b): return torch.equal(a.logits, b.logits) and torch.equal(a.latents, b.latents) and a.nfe == b.nfe
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("steps", (0, 1, 3))
+def test_shapes_and_honest_counts(systems, drafts, name, steps):
+    calls = []
+    hooks = [net.register_forward_hook(lambda *_: calls.append(1)) for net in networks(systems[name])]
+    out = systems[name].slot_logits(drafts, steps, 1)
+    for hook in hooks: hook.remove()
+    assert out.logits.shape == (4, 32, VOCAB) and out.logits.dtype == torch.float32 and out.logits.isfinite().all()
+    assert out.latents.shape == (4, 32, 32) and out.latents.isfinite().all() and out.tokens.shape == (4, 32)
+    assert not out.logits.requires_grad and out.nfe == len(calls)
+    assert systems[name].name == name
+
+
+def test_systems_differ(systems, drafts):
+    "The other tests would say nothing if the parts did nothing."
+    outs = {name: systems[name].slot_logits(drafts, 2, 1) for name in ALL}
+    for a in ALL:
+        for b in ALL[:ALL.index(a)]: assert not torch.equal(outs[a].logits, outs[b].logits), (a, b)
+    for name in FLOWS:
+        moved = outs[name].latents - systems[name].slot_logits(drafts, 0, 1).latents
+        assert moved[drafts.draft_mask].abs().mean() > 1e-3, name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_target_is_never_read(systems, drafts, name):
+    other = replace(drafts, target_ids=drafts.target_ids.flip(0), target_mask=drafts.target_mask.flip(0))
+    absent = replace(drafts, target_ids=torch.full_like(drafts.target_ids, PAD), target_mask=torch.zeros_like(drafts.target_mask))
+    assert not torch.equal(other.target_ids, drafts.target_ids)
+    out = systems[name].slot_logits(drafts, 2, 1)
+    assert same(systems[name].slot_logits(other, 2, 1), out) and same(systems[name].slot_logits(absent, 2, 1), out)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_draft_is_read(systems, drafts, name):
+    other = replace(drafts, draft_ids=drafts.draft_ids.where(drafts.draft_ids == SEP, 2003).where(drafts.draft_mask, PAD))
+    assert not torch.equal(systems[name].slot_logits(other, 2, 1).logits, systems[name].slot_logits(drafts, 2, 1).logits)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_padding_reaches_no_valid_slot(systems, drafts, name):
+    assert not drafts.draft_mask.all() and not drafts.prompt_mask.all()
+    junk = torch.randint(CLS, VOCAB, drafts.draft_ids.shape, generator=torch.Generator().manual_seed(0))
+    filled = replace(drafts, prompt_ids=drafts.prompt_ids.where(drafts.prompt_mask, junk), draft_ids=drafts.draft_ids.where(drafts.draft_mask, junk))
+    a, b = systems[name].slot_logits(drafts, 2, 1), systems[name].slot_logits(filled, 2, 1)
+    assert torch.allclose(a.logits[drafts.draft_mask], b.logits[drafts.draft_mask], atol=1e-5)
+    assert torch.allclose(a.latents[drafts.draft_mask], b.latents[drafts.draft_mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_story_is_many(systems, drafts, name):
+    many = systems[name].slot_logits(drafts, 2, 1)
+    for row in range(len(drafts)):
+        one = systems[name].slot_logits(drafts.rows([row]), 2, 1)
+        assert torch.allclose(one.logits[0], many.logits[row], atol=1e-3) and one.nfe == many.nfe
+
+
+def test_a_draft_without_drops_and_one_of_the_end_alone(systems, study):
+    for dropout in (0., 1.):
+        batch = study.drafts(dropout, count=2)
+        for name in ALL: assert systems[name].slot_logits(batch, 2, 1).logits.isfinite().all(), (name, dropout)
+
+
+def test_an_empty_prompt(systems, drafts):
+    batch = replace(drafts, prompt_ids=torch.zeros_like(drafts.prompt_ids), prompt_mask=torch.zeros_like(drafts.prompt_mask))
+    for name in ALL: assert systems[name].slot_logits(batch, 2, 1).logits.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_no_steps_is_the_start(systems, drafts, name):
+    start, out = systems["DraftPrior"].slot_logits(drafts, 0, 1), systems[name].slot_logits(drafts, 0, 1)
+    assert torch.equal(out.latents, start.latents)
+    assert torch.equal(replace(systems[name], head=None).slot_logits(drafts, 0, 1).logits, start.logits)
+    assert torch.equal(out.logits, start.logits) == (name not in HEADS)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_seed_is_for_noise_alone(systems, drafts, name):
+    out = systems[name].slot_logits(drafts, 2, 1)
+    assert same(systems[name].slot_logits(drafts, 2, 1), out)
+    torch.manual_seed(99)                                     # nor does the global generator matter
+    assert same(systems[name].slot_logits(drafts, 2, 1), out)
+    assert same(systems[name].slot_logits(drafts, 2, 2), out) == (name != GAUSSIAN)
+
+
+def test_the_gaussian_start_ignores_the_draft(systems, drafts):
+    other = replace(drafts, draft_ids=drafts.draft_ids.flip(0), draft_mask=drafts.draft_mask.flip(0))
+    assert same(systems[GAUSSIAN].slot_logits(other, 2, 1), systems[GAUSSIAN].slot_logits(drafts, 2, 1))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_saved_and_loaded_bit_for_bit(systems, drafts, tmp_path, name):
+    systems[name].save(tmp_path / "saved")
+    again = systems[name].load(tmp_path / "saved")
+    assert same(again.slot_logits(drafts, 3, 1), systems[name].slot_logits(drafts, 3, 1)) and again.name == name
+    files = {p.suffix for p in (tmp_path / "saved").rglob("*") if p.is_file()}
+    assert files == {".json", ".safetensors"}                 # no pickle
+    with pytest.raises(StudyError, match="parts.json"): systems[name].load(tmp_path)
+
+
+def test_unknown_system(study):
+    with pytest.raises(StudyError, match="no-op, DraftPrior"): open_system(study, "magic")
+
+
+def test_the_oracle_beats_chance(study, systems):
+    autoencoder = systems["no-op"].autoencoder
+    batch = study.drafts(MAIN_RATE)
+    logits = oracle(study.encoder, autoencoder, batch).logits
+    own = token_scores(logits, batch.target_ids, batch.target_mask)["probability"].mean()
+    both = batch.target_mask & batch.target_mask.roll(1, 0)
+    foreign = token_scores(logits, batch.target_ids.roll(1, 0), both)["probability"].mean()
+    assert own > 2 / len(study.kept) and own > 1.2 * foreign
+    junk = replace(batch, draft_ids=torch.full_like(batch.draft_ids, SEP), draft_mask=torch.ones_like(batch.draft_mask))
+    assert torch.equal(oracle(study.encoder, autoencoder, junk).logits, logits)       # the draft plays no part
+
+
+# Training and evaluation
+
+def test_training_draws_no_evaluation_draft(study):
+    "On the same stories, at the same rate and seed, the two kinds of draft are different draws."
+    corpus = study.corpus("train")
+    evaluated = study.drafts(MAIN_RATE, "train")
+    row_of = {tuple(ids): row for row, ids in enumerate(torch.cat([corpus.batch.prompt_ids, corpus.batch.target_ids], 1).tolist())}
+    equal, training = [], Training(steps=40, batch=8, seed=EVALUATION_SEED)
+    for step in range(40):
+        batch, _ = drafted(corpus, training, (MAIN_RATE,), step)
+        rows = [row_of[tuple(ids)] for ids in torch.cat([batch.prompt_ids, batch.target_ids], 1).tolist()]
+        equal.append((batch.draft_ids == evaluated.draft_ids[rows]).all(1))
+    assert not any(step.all() for step in equal)
+    assert torch.cat(equal).float().mean() < .3        # two independent drafts agree where neither dropped a token
+
+
+def test_training_meets_fresh_drafts(study):
+    corpus, training = study.corpus("train"), Training(steps=2, batch=len(study.splits["train"]))
+    first, again, later = (drafted(corpus, training, (MAIN_RATE,), step)[0] for step in (0, 0, 1))
+    assert torch.equal(first.draft_ids, again.draft_ids)
+    assert torch.equal(first.target_ids.sort(0).values, later.target_ids.sort(0).values) and not torch.equal(first.draft_ids, later.draft_ids)
+    assert not torch.equal(first.draft_ids, drafted(corpus, replace(training, seed=7), (MAIN_RATE,), 0)[0].draft_ids)
+
+
+def test_evaluation_drafts_are_the_same_for_every_seed(study, tiny_preset):
+    other = Study(tiny_preset, out=str(study.out), seed=7)
+    for dropout in (.03, MAIN_RATE): assert torch.equal(other.drafts(dropout).draft_ids, study.drafts(dropout).draft_ids)
+    assert torch.equal(study.drafts(MAIN_RATE, count=3).draft_ids, study.drafts(MAIN_RATE).draft_ids[:3])
+    assert other.training("prior").seed == 7
+
+
+def test_no_test_story_is_trained_on(study):
+    texts = {name: {story.text for story in part} for name, part in study.splits.items()}
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
+    assert 0 < len(texts["test"]) <= study.preset["test"]
+
+
+@pytest.mark.parametrize("make", (lambda c, f: train_prior(c[0], c[1], c[2], DraftPriorConfig(32, layers=1, heads=4, inner=32), (.05,), f[0], f[1]),
+                                  lambda c, f: train_gaussian_flow(c[0], c[1], c[2], FlowConfig(32, hidden=32, depth=1, heads=4), f[0], f[1])), ids=("prior", "gaussian"))
+def test_training_is_repeatable(study, systems, tmp_path, make):
+    "Weights are a function of the seed, whatever ran before."
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(7)
+        make((study.corpus(), study.encoder, systems["no-op"].autoencoder), (Training(steps=2, batch=4, slots=64, seed=seed), tmp_path / name))
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+        assert not (tmp_path / name / "state.safetensors").exists()
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_the_corpus_is_one_for_all(study):
+    corpus = study.corpus("test")
+    assert isinstance(corpus, Corpus) and corpus.states.shape == (len(study.splits["test"]), 64, 32)
+    assert len(list((study.out / "models" / "states").glob("*.npy"))) == 2 and not list(study.out.rglob("*.partial"))
