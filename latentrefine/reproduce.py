@@ -293,16 +293,10 @@ def run_command(given):
 
 
 def main(arguments=None):
-    "The command `latentrefine`: exit code 0, 2 for a user's error, 130 for Ctrl-C."
+    "Parse and carry out a command line; exit code 0, or 2 for a user's error. Ctrl-C is left to `63_command`."
     try: run_command(parser().parse_args(arguments))
     except StudyError as error:
         print(f"latentrefine: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # the reader, such as head, has left
-    except KeyboardInterrupt:
-        print("\nlatentrefine: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
     return 0
-
-
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

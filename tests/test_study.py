@@ -27,7 +27,8 @@ from latentrefine.core import ROOT, ROW_FIELDS, StudyError, load_rows
 from latentrefine.encoder import load_encoder
 from latentrefine.notebooks import EXPERIMENTS, lock, run_notebook
 from latentrefine.report import beside_published
-from latentrefine.reproduce import engine, main, nodes
+from latentrefine.command import main
+from latentrefine.reproduce import engine, nodes
 from latentrefine.study import SYSTEMS, Study
 from latentrefine.training import Training, read_model, read_state, save_model
 
@@ -180,7 +181,7 @@ class Running:
     def __init__(self, folder, *words):
         self.err = folder / "stderr.txt"
         with self.err.open("w") as err:
-            self.process = subprocess.Popen([sys.executable, "-m", "latentrefine.reproduce", *map(str, words)], stdout=subprocess.DEVNULL, stderr=err,
+            self.process = subprocess.Popen([sys.executable, "-m", "latentrefine.command", *map(str, words)], stdout=subprocess.DEVNULL, stderr=err,
                                             start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
     def family(self): return psutil.Process(self.process.pid).children(recursive=True)
@@ -255,6 +256,15 @@ def test_killed_interrupted_and_resumed(long_preset, tmp_path):
     train_autoencoder(study.corpus(), study.encoder, AutoencoderConfig(32, 16), study.kept, study.training("autoencoder"), study.model(target))
     (_, resumed), (_, straight) = (read_model(folder / "models" / target) for folder in (out, tmp_path / "whole"))
     assert resumed.keys() == straight.keys() and all(torch.equal(resumed[k], straight[k]) for k in straight)
+
+
+def test_interrupted_while_torch_is_imported(tmp_path):
+    run = Running(tmp_path, "reproduce", "--preset", "nope")
+    run.until(lambda: any("torch" in m.path for m in psutil.Process(run.process.pid).memory_maps()))
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(timeout=60) == 130
+    said = run.err.read_text()
+    assert "Traceback" not in said and "latentrefine: interrupted" in said
 
 
 def test_two_runs_in_one_folder(tiny_preset, tmp_path):

@@ -129,7 +129,7 @@ def test_the_gaussian_start_ignores_the_draft(systems, drafts):
     assert same(systems[GAUSSIAN].slot_logits(other, 2, 1), systems[GAUSSIAN].slot_logits(drafts, 2, 1))
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", ALL)
 def test_saved_and_loaded_bit_for_bit(systems, drafts, tmp_path, name):
     systems[name].save(tmp_path / "saved")
     again = systems[name].load(tmp_path / "saved")
