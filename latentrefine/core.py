@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'PROMPT_SLOTS', 'TARGET_SLOTS', 'VOCAB', 'PAD', 'UNK', 'CLS', 'SEP', 'MASK', 'VERSIONED', 'ROW_FIELDS',
-           'StudyError', 'Batch', 'RefineOutput', 'System', 'generator', 'story_noise', 'device', 'autocast', 'writing',
-           'write_text', 'versions', 'hardware', 'commit', 'provenance', 'save_rows', 'load_rows']
+           'StudyError', 'Batch', 'RefineOutput', 'System', 'generator', 'story_noise', 'device', 'autocast', 'sweep',
+           'writing', 'write_text', 'versions', 'hardware', 'commit', 'provenance', 'save_rows', 'load_rows']
 
 # %% ../nbs/00_core.ipynb #c02
 import hashlib
@@ -113,6 +113,14 @@ def autocast(precision):
     raise StudyError(f"precision: {precision!r} is not known; use float32 or bfloat16")
 
 # %% ../nbs/00_core.ipynb #c21
+def sweep(path):
+    "Remove what processes that were killed while writing `path` left beside it."
+    for scratch in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
+        try: os.kill(int(scratch.name.split(".")[-2]), 0)
+        except ProcessLookupError: scratch.unlink(missing_ok=True)
+        except PermissionError: continue        # the process lives and is another user's
+
+
 @contextmanager
 def writing(path):
     "Yields a temporary path beside `path` and renames it there on success; on failure nothing remains."
@@ -120,6 +128,7 @@ def writing(path):
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         yield scratch
         os.replace(scratch, path)
     except (OSError, SafetensorError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .autoencoder import AutoencoderConfig, load_autoencoder, prompt_latents, target_latents, train_autoencoder
-from .core import PROMPT_SLOTS, TARGET_SLOTS, UNK, RefineOutput, StudyError, device, story_noise, write_text
+from .core import PROMPT_SLOTS, TARGET_SLOTS, UNK, RefineOutput, StudyError, autocast, device, story_noise, write_text
 from .draft_prior import DraftPriorConfig, load_prior, start, train_prior
 from .drafts import clean_batch
 from .encoder import Corpus, Encoder, clean_hidden
@@ -48,16 +48,18 @@ class DCLR:
     @torch.no_grad()
     def latents(self, batch, steps):
         "(z_0, z): start and refined latents [batch, 32, width] after `steps` Euler steps."
-        z_0, z_d, z_p = start(self.encoder, self.autoencoder, self.prior, batch)
-        if self.residual is not None: return z_0, self.residual(z_0, z_p, batch.draft_mask, batch.prompt_mask)
-        if self.flow is None: return z_0, z_0
-        return z_0, euler(self.flow, self.metric, z_0, z_d, z_p, batch.draft_mask, batch.prompt_mask, steps)
+        with autocast(self.encoder.precision):
+            z_0, z_d, z_p = start(self.encoder, self.autoencoder, self.prior, batch)
+            if self.residual is not None: return z_0, self.residual(z_0, z_p, batch.draft_mask, batch.prompt_mask)
+            if self.flow is None: return z_0, z_0
+            return z_0, euler(self.flow, self.metric, z_0, z_d, z_p, batch.draft_mask, batch.prompt_mask, steps)
 
     @torch.no_grad()
     def read(self, z):
         "Logits [batch, 32, vocab], fp32, of latents [batch, 32, width]."
-        logits = self.autoencoder.decoder.full(z)
-        return logits if self.head is None else fuse(logits, self.head.full(z), self.share)
+        with autocast(self.encoder.precision):
+            logits = self.autoencoder.decoder.full(z)
+            return logits if self.head is None else fuse(logits, self.head.full(z), self.share)
 
     def slot_logits(self, batch, steps, seed):
         "Algorithm 1; deterministic, so `seed` is not used."
@@ -155,7 +157,7 @@ def oracle(encoder, autoencoder, batch):
     "RefineOutput of the real target latents; the target enters, so this is a bound and never a system."
     batch = batch.to(device())
     z_s = target_latents(autoencoder, encoder.hidden(batch.prompt_ids, batch.prompt_mask, batch.target_ids, batch.target_mask))
-    return RefineOutput(autoencoder.decoder.full(z_s), z_s, 2)
+    with autocast(encoder.precision): return RefineOutput(autoencoder.decoder.full(z_s), z_s, 2)
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,11 @@ class GaussianStart:
         "Latents integrated from story-keyed noise over `steps` Euler steps, read by the decoder."
         noise = story_noise(batch, self.autoencoder.config.width, seed).to(device())
         batch = batch.to(device())
-        z_p = prompt_latents(self.encoder, self.autoencoder, batch)
         everywhere = torch.ones_like(batch.draft_mask)
-        z = euler(self.flow, None, noise, torch.zeros_like(noise), z_p, everywhere, batch.prompt_mask, steps)
-        return RefineOutput(self.autoencoder.decoder.full(z), z, 2 + steps)
+        with autocast(self.encoder.precision):
+            z_p = prompt_latents(self.encoder, self.autoencoder, batch)
+            z = euler(self.flow, None, noise, torch.zeros_like(noise), z_p, everywhere, batch.prompt_mask, steps)
+            return RefineOutput(self.autoencoder.decoder.full(z), z, 2 + steps)
 
     def fit(self, stories, config):
         "Train autoencoder and flow on `stories`; the fields of `config` that speak of drafts are not used."

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import StudyError, autocast, generator, writing, write_text
+from .core import StudyError, autocast, generator, sweep, write_text, writing
 
 # %% ../nbs/04_training.ipynb #c05
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def load_state(path, net, optimizer, key):
 def fit(net, loss_at, training, folder, label):
     "Train `net` on `loss_at(step) -> (loss, {name: float})`; returns the curve, a list of one dict a step. Resumes from `folder`."
     state = Path(folder) / "state.safetensors"
+    sweep(state)
     key = json.dumps([label, asdict(training), sum(p.numel() for p in net.parameters())])
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, betas=(.9, .98), weight_decay=.01)

@@ -33,7 +33,7 @@ from latentrefine.study import SYSTEMS, Study
 from latentrefine.training import Training, read_model, read_state, save_model
 
 PROVENANCE = ("notebook", "preset", "seconds", "commit", "versions", "hardware")
-EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison")
+EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "claims")
 
 
 def call(*words):
@@ -64,8 +64,8 @@ def write_preset(path, base, **change):
 
 @pytest.fixture(scope="session")
 def whole(tiny_preset, tmp_path_factory):
-    "(folder, preset, what the run said) of one complete run; a preset of its own, so that tests may edit it."
-    out, preset = tmp_path_factory.mktemp("whole"), write_preset(tmp_path_factory.mktemp("mine") / "tiny.yaml", tiny_preset)
+    "(folder, preset, what the run said) of one complete run, its encoder pretrained as in gpu-bert; a preset of its own, so that tests may edit it."
+    out, preset = tmp_path_factory.mktemp("whole"), write_preset(tmp_path_factory.mktemp("mine") / "tiny.yaml", tiny_preset, encoder="in-domain")
     code, said, err = call("reproduce", "--preset", preset, "--out", out, "--cores", 2)
     log = out / "logs" / "study.log"
     assert code == 0, (err, log.read_text()[-4000:] if log.exists() else "")
@@ -102,7 +102,7 @@ def test_rows_carry_their_origin(whole):
         assert rows, name
         for row in rows:
             assert not [f for f in (*ROW_FIELDS, *PROVENANCE, "stories", "train_stories", "vocabulary", "reduced") if f not in row], (name, row)
-            assert row["encoder"] == ("GPT-2 (small, trained here)" if row["system"] == "GPT-2" else "tiny_bert0")
+            assert "MLM on the stories" in row["encoder"] or row["system"].startswith(("GPT-2", "autoregressive")), (name, row)
             assert row["preset"] == "tiny" and row["seed"] == 1337 and row["reduced"] is True
             for field, value in row.items():
                 if "probability" in field or field.startswith("top1"): assert 0 <= value <= 1, (name, field, value)
@@ -133,9 +133,9 @@ def test_the_page_stands_alone(whole):
     assert not re.search(r'(?:src|href)="(?!data:|notebooks/)', page)
 
 
-def due(out, preset, target="report"):
+def due(out, preset, target="report", seeds=0):
     "Names of the nodes that a call would run."
-    run = subprocess.run([*engine(Study(str(preset), out=str(out)), [target], 2), "--dry-run"], capture_output=True, text=True)
+    run = subprocess.run([*engine(Study(str(preset), out=str(out), seeds=seeds), [target], 2), "--dry-run"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return set(re.findall(r"^(?:local)?rule (\w+):", run.stdout + run.stderr, re.M)) - {"all"}
 
@@ -154,7 +154,14 @@ def test_a_changed_setting_reruns_what_depends_on_it(whole, tmp_path):
     out, preset, _ = whole
     training = {**TINY["training"], "head": {**TINY["training"]["head"], "lr": 1e-3}}
     changed = write_preset(tmp_path / "tiny.yaml", preset, training=training)
-    assert due(out, changed) == {"head_flow_32_p5", "head_metric_32_p5", "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "report"}
+    heads = {"head_flow_32_p5_s1337", "head_metric_32_p5_s1337"}
+    assert due(out, changed) == {*heads, "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "claims", "report"}
+
+
+def test_another_seed_trains_only_its_own_models(whole):
+    out, preset, _ = whole
+    more = due(out, preset, seeds=2)
+    assert {name for name in more if not name.endswith("_s1338")} == {*EXPERIMENT_NAMES, "report"} - {"stories"} and "autoencoder_32_mixed_s1338" in more
 
 
 def test_tables_are_printed(whole):
@@ -217,7 +224,7 @@ def mark(state):
 def test_killed_interrupted_and_resumed(long_preset, tmp_path):
     out, target = tmp_path / "out", "autoencoder-16"
     words = ("reproduce", target, "--preset", long_preset, "--out", out, "--cores", 2)
-    state = out / "models" / target / "state.safetensors"
+    state = out / "models" / f"{target}-s1337" / "state.safetensors"
 
     run = Running(tmp_path, *words)                          # 1. the command alone is killed: its children end by themselves
     run.until(lambda: any("ipykernel_launcher" in " ".join(p.cmdline()) for p in run.family() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE))
@@ -248,13 +255,13 @@ def test_killed_interrupted_and_resumed(long_preset, tmp_path):
 
     code, said, err = call(*words)                           # 4. to the end
     assert code == 0 and "regenerated" in said, err
-    curve = (out / "models" / target / "curve.csv").read_text().splitlines()
+    curve = (state.parent / "curve.csv").read_text().splitlines()
     assert len(curve) == LONG.steps + 1 and "123.5" in curve[1]          # it went on from the marked state
     assert not state.exists() and not list(out.rglob("*.partial"))
 
     study = Study(str(long_preset), out=str(tmp_path / "whole"))         # and ends where an uninterrupted run ends
     train_autoencoder(study.corpus(), study.encoder, AutoencoderConfig(32, 16), study.kept, study.training("autoencoder"), study.model(target))
-    (_, resumed), (_, straight) = (read_model(folder / "models" / target) for folder in (out, tmp_path / "whole"))
+    (_, resumed), (_, straight) = (read_model(folder / "models" / state.parent.name) for folder in (out, tmp_path / "whole"))
     assert resumed.keys() == straight.keys() and all(torch.equal(resumed[k], straight[k]) for k in straight)
 
 
@@ -329,6 +336,9 @@ PRESETS = {  # what is changed -> words of the message
     "unknown precision": (dict(precision="float16"), ["precision"]),
     "no test stories": (dict(test=0), ["test"]),
     "negative steps": (dict(flow_steps=-1), ["flow_steps"]),
+    "too narrow an encoder to pretrain": (dict(encoder="in-domain", widths=[64, 16]), ["encoder", "widths up to that"]),
+    "no seed": (dict(seeds=0), ["seeds"]),
+    "no batch to time": (dict(timing_batches=[0]), ["timing_batches"]),
 }
 
 
@@ -384,7 +394,7 @@ def test_an_encoder_folder_is_taken_from_the_root(tiny_preset, tiny_bert, tmp_pa
 
 def damaged(kind, models):
     "Damage the DraftPrior in a copy of the models; the words of the message."
-    prior = models / "prior-32-shared"
+    prior = models / "prior-32-shared-s1337"
     weights, config = prior / "model.safetensors", prior / "config.json"
     data = weights.read_bytes()
     if kind == "missing": shutil.rmtree(prior)
@@ -396,7 +406,7 @@ def damaged(kind, models):
     if kind == "config cut": config.write_text(config.read_text()[:40])
     if kind == "config of another kind": config.write_text("[]")
     if kind == "config changed": config.write_text(config.read_text().replace('"heads": 4', '"heads": 2'))
-    if kind == "another width": shutil.rmtree(prior); shutil.copytree(models / "prior-16-shared", prior)
+    if kind == "another width": shutil.rmtree(prior); shutil.copytree(models / "prior-16-shared-s1337", prior)
     return ["width is 16, 32 is needed"] if kind == "another width" else []
 
 

