@@ -1,0 +1,114 @@
+"What is committed under outputs/: rows of one schema, tables and notebooks that belong together, findings that the README repeats and no other."
+import json
+import math
+import re
+
+import pytest
+
+from latentrefine.core import ROOT, ROW_FIELDS
+from latentrefine.report import TITLES, findings
+from latentrefine.reproduce import nodes
+from latentrefine.study import Study, load_preset
+
+RUNS = sorted(path.parent.name for path in (ROOT / "outputs").glob("*/report.html"))
+FACTS = {"notebook": str, "preset": str, "seconds": (int, float), "commit": str, "versions": str, "hardware": str,
+         "system": str, "encoder": str, "stories": str, "precision": str, "vocabulary": str, "length": str, "reduced": bool, "seed": int, "train_stories": int}
+SHARES = ("target_probability", "top1", "aligned_probability", "aligned_top1", "distinct1", "distinct2", "repetition", "mauve")
+
+
+def rows_of(run, table): return json.loads((ROOT / "outputs" / run / "tables" / f"{table}.json").read_text(encoding="utf-8"))
+
+
+def test_there_are_runs(): assert {"quick", "cpu"} <= set(RUNS)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("table", TITLES)
+def test_schema(run, table):
+    rows = rows_of(run, table)
+    assert rows
+    for number, row in enumerate(rows):
+        assert not [f for f in ROW_FIELDS if f not in row], (table, number)
+        for field, kind in FACTS.items(): assert isinstance(row.get(field), kind), (table, number, field, row.get(field))
+        assert row["preset"] == run and re.fullmatch(r"[0-9a-f]{12}", row["commit"]), (table, number, row["commit"])
+        assert row["split"] in ("train", "validation", "test", None) and (row["n"] is None or row["n"] > 0)
+        for field, value in row.items():
+            if isinstance(value, float): assert math.isfinite(value), (table, number, field)
+            if field in SHARES and value is not None: assert 0 <= value <= 1 + 1e-9, (table, number, field, value)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_commit_one_machine(run):
+    "The tables of a run were made by the same code on the same kind of machine."
+    facts = {(row["commit"], re.sub(r"\d+ of", "of", row["hardware"]), row["versions"]) for table in TITLES for row in rows_of(run, table)}
+    assert len({commit for commit, _, _ in facts}) == 1 and len({hardware for _, hardware, _ in facts}) == 1 and len({versions for *_, versions in facts}) == 1
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_trained_row_has_its_seeds(run):
+    seeds = {row["seed"] for row in rows_of(run, "table2")}
+    for table in ("table2", "table3", "table4", "gaussian_start", "claims"):
+        groups = {}
+        for row in rows_of(run, table): groups.setdefault(tuple(str(row.get(k)) for k in ("system", "width", "dropout", "share", "scale", "reading", "layers", "claim")), []).append(row["seed"])
+        for key, found in groups.items(): assert sorted(found) == sorted(seeds), (table, key, found)
+    assert len(rows_of(run, "table2")[0]["versions"]) > 20
+    if run != "quick": assert rows_of(run, "table2")[0]["n"] >= 2000
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_executed_notebook_for_every_table(run):
+    folder = ROOT / "outputs" / run
+    for table in TITLES:
+        notebook = rows_of(run, table)[0]["notebook"]
+        assert (folder / "notebooks" / f"{notebook}.ipynb").is_file()
+        for kind in ("csv", "md"): assert (folder / "tables" / f"{table}.{kind}").stat().st_size > 20
+    seeds = len({row["seed"] for row in rows_of(run, "table2")})
+    assert {path.stem for path in (folder / "notebooks").glob("*.ipynb")} == set(nodes(Study(run, out=str(folder), seeds=seeds)))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nothing_else_is_committed(run):
+    known = {"tables", "figures", "notebooks", "samples", "models", "logs", "evaluations", "report.html", ".snakemake"}
+    assert {path.name for path in (ROOT / "outputs" / run).iterdir()} <= known
+    for path in [*(ROOT / "outputs" / run / "tables").iterdir(), ROOT / "outputs" / run / "report.html"]:
+        assert not re.search(r"/(?:root|home|Users|tmp|work)/", path.read_text(encoding="utf-8")), path
+
+
+def test_samples_recompute_the_text_metrics():
+    "Anybody can have Table 5's distinct-1 again from the samples; those of real stories are not committed."
+    from latentrefine.textmetrics import distinct_n
+    for row in rows_of("quick", "table5"):
+        if not row.get("samples"): continue
+        texts = [json.loads(line)["output"] for line in (ROOT / "outputs" / "quick" / row["samples"]).read_text(encoding="utf-8").splitlines()]
+        assert len(texts) == row["n"] <= 1000 and distinct_n(texts, 1) == pytest.approx(row["distinct1"], abs=1e-9), row["samples"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_text_and_speed_rows_say_how_they_were_measured(run):
+    for table in ("table5", "gpt2_comparison"):
+        for row in rows_of(run, table):
+            assert {"mauve_floor", "mauve_features", "ppl_model", "samples"} <= row.keys() and row["ppl"] > 1, (table, row["system"])
+            assert row["samples"] or row["seed"] != rows_of(run, table)[0]["seed"]
+    rows = rows_of(run, "speed")
+    assert {row["system"] for row in rows} >= {"no-op", "full", "autoregressive"} and {row["batch"] for row in rows} == set(load_preset(run)["timing_batches"])
+    assert all(row["repeats"] >= 1 and row["ms_per_sample"] > 0 and row["model"] for row in rows)
+
+
+def test_the_null_model_agrees_with_the_no_op():
+    "On the test stories of the cpu run, at every rate."
+    rows = [row for row in rows_of("cpu", "misalignment") if row["part"] == "curve"]
+    def mean(system, dropout):
+        values = [row["target_probability"] for row in rows if row["system"] == system and row["dropout"] == dropout]
+        return sum(values) / len(values)
+    rates = {row["dropout"] for row in rows if row["system"] == "no-op"}
+    assert {0., .01, .02, .03, .05, .075, .10, .15, .20} <= rates
+    for dropout in rates: assert abs(mean("null model", dropout) - mean("no-op", dropout)) < .02, dropout
+
+
+def test_the_readme_repeats_the_findings():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert findings(ROOT / "outputs" / "cpu") in readme, "the README's findings are not those of outputs/cpu: copy them from nbs/index.ipynb"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_preset_still_stands(run): assert load_preset(run)
