@@ -139,10 +139,10 @@ def curve_lines(value, rates=(.03, .05, .10)):
     apart = max(abs(read("null model", p) - read("no-op", p)) for p in (0., .01, .02, .03, .05, .075, .10, .15, .20))
     before, behind = (value("misalignment", f"{side}_first_drop", part="slots", system="no-op") for side in ("before", "behind"))
     return [f"**The reader.** Real target latents are read back with probability {clean:.3f} (report: {published('table3').set_index('system').target_probability['oracle']:.3f}).",
-            f"**The curve is misalignment.** The probability that nothing was dropped up to a slot, averaged over the measured lengths and times the clean probability, predicts the no-op within {apart:.3f} at nine rates from 0 to 20 %. "
+            f"**The null model.** The probability that nothing was dropped up to a slot, averaged over the measured lengths and times the clean probability, predicts the no-op within {apart:.3f} at nine rates from 0 to 20 %. "
             f"Times the report's clean probability it gives {' / '.join(f'{v:.3f}' for v in scaled)} at {' / '.join(f'{p:.0%}' for p in rates)}; the report measured {' / '.join(f'{theirs[p]:.3f}' for p in rates)}.",
-            f"**Moved, not lost.** At 5 % the no-op reads {kind('drop'):.3f} slot by slot and {kind('drop', 'aligned_probability'):.3f} when the ruler may shift; with the same tokens dropped and a `[MASK]` left in their place, {kind('mask'):.3f}; with everything moved by one slot and nothing dropped, {kind('shift'):.3f}.",
-            f"**A step, not a slope.** Before the first drop the no-op reads {before:.3f}, behind it {behind:.3f}."]
+            f"**Shift or loss.** At 5 % the no-op reads {kind('drop'):.3f} slot by slot and {kind('drop', 'aligned_probability'):.3f} when the ruler may shift; with the same tokens dropped and a `[MASK]` left in their place, {kind('mask'):.3f}; with everything moved by one slot and nothing dropped, {kind('shift'):.3f}.",
+            f"**Step or slope.** Before the first drop the no-op reads {before:.3f}, behind it {behind:.3f}."]
 
 
 def system_lines(value, rate=.05):
@@ -152,11 +152,11 @@ def system_lines(value, rate=.05):
     def basin(direction, at="full"): return value("basin", "target_probability", direction=direction, at=at)
     refiners = ("local flow", "metric + OT", "bounded residual", "fused readout", "full")
     best, lowest = max(refiners, key=three), min(refiners, key=lambda name: three(name, "ce"))
-    gain = two("DraftPrior", "target_probability") - two("no-op", "target_probability")
-    return [f"**Training.** At 5 % DraftPrior reads {two('DraftPrior', 'target_probability'):.3f}, {'above' if gain > 0 else 'below'} the no-op's {two('no-op', 'target_probability'):.3f}, at a cross-entropy of {two('DraftPrior', 'ce'):.2f} against {two('no-op', 'ce'):.2f}: the no-op is confident also where it is wrong.",
+    gain = two("DraftPrior", "target_probability") - two("no-op", "target_probability")      # the paired interval stands in Table 2
+    return [f"**Training.** At 5 % DraftPrior reads {two('DraftPrior', 'target_probability'):.3f}, {'above' if gain > 0 else 'below'} the no-op's {two('no-op', 'target_probability'):.3f}, at a cross-entropy of {two('DraftPrior', 'ce'):.2f} against {two('no-op', 'ce'):.2f}.",
             f"**Refiners.** Beyond DraftPrior's {three('DraftPrior'):.3f}: " + ", ".join(f"{name} {three(name) - three('DraftPrior'):+.3f}" for name in refiners) + f". The highest probability is that of *{best}*, the lowest cross-entropy that of *{lowest}* ({three(lowest, 'ce'):.2f}); the oracle has {three('oracle'):.3f} and {three('oracle', 'ce'):.2f}.",
-            f"**Compression.** At a third of the width the oracle reads {value('table2', 'target_probability', system='oracle', width_role='compressed'):.3f}, at full width {value('table2', 'target_probability', system='oracle', width_role='full'):.3f}.",
-            f"**Geometry is not enough.** A displacement as long as the full system's error leaves {basin('random'):.3f} of the target probability in a random direction, {basin('decoder-sensitive'):.3f} in the decoder's most sensitive one, and {basin('error of full'):.3f} along the error itself.",
+            f"**Compression.** With compressed latents the oracle reads {value('table2', 'target_probability', system='oracle', width_role='compressed'):.3f}, at full width {value('table2', 'target_probability', system='oracle', width_role='full'):.3f}.",
+            f"**Direction or distance.** A displacement as long as the full system's error leaves {basin('random'):.3f} of the target probability in a random direction, {basin('decoder-sensitive'):.3f} in the decoder's most sensitive one, and {basin('error of full'):.3f} along the error itself.",
             f"**From noise.** The Gaussian start reaches a cosine of {value('gaussian_start', 'cosine', system='Gaussian start'):.3f} and a target probability of {value('gaussian_start', 'target_probability', system='Gaussian start'):.3f}.",
             f"**Text metrics.** MAUVE of the unrefined draft is {value('table5', 'mauve', system='draft'):.3f}, of the full system after 16 steps {value('table5', 'mauve', system='full', steps=16):.3f}; other real targets reach {value('table5', 'mauve_floor', system='full', steps=16):.3f}."]
 

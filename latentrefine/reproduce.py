@@ -86,7 +86,7 @@ def first_nodes(study):
     "Nodes that all others wait for: the encoder, where the study trains it, and the stories."
     own = study.preset["encoder"] == IN_DOMAIN
     settings = {"training": study.preset["training"]["encoder"], "sizes": study.preset["sizes"]["encoder"]}
-    encoder = [Node("encoder", "stage_encoder", settings=settings)] if own else []
+    encoder = [Node("encoder", "stage_encoder", (), {"seed": study.seed}, settings)] if own else []
     return [*encoder, Node("stories", "stories", ("encoder",) if own else ())]
 
 
@@ -149,8 +149,9 @@ def stories_mark(source):
 
 def key_of(study, node):
     "The digest of everything a node's result depends on, short of the nodes it needs."
-    numbers = PUBLISHED / f"{node.name}.csv"
-    facts = [numbers.read_text() if numbers.exists() else "", node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, stories_mark(study.source), code_of(node.notebook)]
+    source = (EXPERIMENTS / f"{node.notebook}.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
+    numbers = [path.read_text() for path in sorted(PUBLISHED.glob("*.csv")) if f'"{path.stem}"' in source]     # those the notebook names
+    facts = [numbers, node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, stories_mark(study.source), code_of(node.notebook)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/62_reproduce.ipynb #c12

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES', 'EVALUATION_SEED',
            'SYSTEMS', 'check_keys', 'check_section', 'check_values', 'load_preset', 'percent', 'Study', 'prior_name',
-           'open_system', 'open_gaussian', 'measure', 'describe_run', 'row_of', 'measure_system', 'measure_oracle',
-           'save_results']
+           'open_system', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of', 'measure_system',
+           'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
 import copy
@@ -62,26 +62,28 @@ def check_section(where, given, known):
         kind = known.__dataclass_fields__[name].type
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise StudyError(f"{where}: {name} is {value!r}, a {kind.__name__} is needed")
+        if kind is int and value < (name not in ("seed", "save_seconds")): raise StudyError(f"{where}: {name} is {value!r}, at least 1 is needed")
 
 
 def check_values(path, preset):
     "StudyError for values of the right type that make no study."
     full, *narrow = preset["widths"] if all(isinstance(w, int) for w in preset["widths"]) and preset["widths"] else [0]
     sizes, rates = preset["sizes"], preset["dropouts"]
-    heads = [(part, w) for part in ("prior", "residual") for w in preset["widths"]] + [("flow", sizes["flow"].get("hidden", FlowConfig.hidden))]
-    whole = lambda values, least: all(isinstance(v, int) and v >= least for v in values)
+    heads = [(part, w) for part in ("prior", "residual") for w in preset["widths"]] + [("flow", sizes["flow"].get("hidden", FlowConfig.hidden))] \
+        + [(part, sizes[part].get("width", CONFIGS[part].width)) for part in ("gpt2", "timing_gpt2")]
+    whole = lambda values, least: all(type(v) is int and v >= least for v in values)
     size = EncoderSize(**sizes["encoder"])
     wrong = {"encoder": preset["encoder"] == IN_DOMAIN and (size.width % size.heads or full > size.width),
-             "timing_batches": not preset["timing_batches"] or not whole(preset["timing_batches"], 1), "claim_widths": not whole(preset["claim_widths"], 1),
+             "timing_batches": not preset["timing_batches"] or not whole(preset["timing_batches"], 1), "claim_widths": not whole(preset["claim_widths"], 1) or max(preset["claim_widths"], default=0) > full,
              "widths": len(narrow) != 1 or not 0 < narrow[0] < full, "vocabulary": preset["vocabulary"] not in ("all", "corpus"),
              "precision": preset["precision"] not in ("float32", "bfloat16"),
              "dropouts": MAIN_RATE not in rates or not all(isinstance(p, (int, float)) and 0 <= p < 1 for p in rates),
              **{field: preset[field] < least for field, least in LEAST.items()},
              "sizes": any(w % sizes[part].get("heads", CONFIGS[part].heads) for part, w in heads if isinstance(w, int)),
              "training": not all("steps" in fields for fields in preset["training"].values())}
-    needed = {"encoder": "sizes.encoder with heads that divide its width, and widths up to that", "timing_batches": "whole numbers, one at least", "claim_widths": "whole numbers", "widths": "two, the full and a smaller one", "vocabulary": "all or corpus", "precision": "float32 or bfloat16",
+    needed = {"encoder": "sizes.encoder with heads that divide its width, and widths up to that", "timing_batches": "whole numbers, one at least", "claim_widths": "whole numbers up to the full width", "widths": "two, the full and a smaller one", "vocabulary": "all or corpus", "precision": "float32 or bfloat16",
               "dropouts": f"shares below 1, {MAIN_RATE} among them", "training": "steps for every stage",
-              "sizes": "heads that divide the widths and FlowNet's hidden width", **{field: f"at least {least}" for field, least in LEAST.items()}}
+              "sizes": "heads that divide the widths they work on", **{field: f"at least {least}" for field, least in LEAST.items()}}
     for field in wrong:
         if wrong[field]: raise StudyError(f"{path}: {field} is {preset[field]!r}; needed: {needed[field]}")
 
@@ -96,7 +98,7 @@ def load_preset(name):
     if not isinstance(preset, dict): raise StudyError(f"{path}: holds no fields; start from a copy of quick.yaml")
     check_keys(path, preset, model)
     for field, value in preset.items():
-        if not isinstance(value, type(model[field])): raise StudyError(f"{path}: {field} is {value!r}, a {type(model[field]).__name__} is needed")
+        if not isinstance(value, type(model[field])) or isinstance(value, bool) != isinstance(model[field], bool): raise StudyError(f"{path}: {field} is {value!r}, a {type(model[field]).__name__} is needed")
     for section, names in SECTIONS.items(): check_keys(f"{path}, {section}", preset[section], names)
     for section, name, known in [("training", stage, Training) for stage in SECTIONS["training"]] + [("sizes", part, kind) for part, kind in CONFIGS.items()]:
         check_section(f"{path}, {section}.{name}", preset[section][name], known)
@@ -228,9 +230,13 @@ def open_gaussian(study):
     return GaussianStart(study.encoder, autoencoder, load_flow(study.model(f"gaussian-{study.full}"), width=study.full)[0])
 
 # %% ../nbs/60_study.ipynb #c13
-def measure(logits_of, batch, states=None, project=None, size=32):
+# Stories a chunk. On a CPU the logits of 8 stories stay below 32 MiB, above which glibc asks the system for fresh pages each time.
+def chunk_size(): return 128 if device().type == "cuda" else 8
+
+
+def measure(logits_of, batch, states=None, project=None):
     "(result, scores) of `logits_of(part) -> RefineOutput` over a batch: recoverability with 95 % intervals and geometry as a dict, and the `Recoverability`."
-    scores, latents, nfe = Recoverability(), [], 0
+    scores, latents, nfe, size = Recoverability(), [], 0, chunk_size()
     for part in batch.chunks(size):
         out = logits_of(part)
         scores.add(out.logits, part.target_ids.to(out.logits.device), part.target_mask.to(out.logits.device))
@@ -251,8 +257,8 @@ def describe_run(study):
 
 def row_of(study, system, width, dropout, steps, result, split="test"):
     "A row: the fields of ROW_FIELDS, the facts of the run, and the values of `result`."
-    return dict(system=system, encoder=study.encoder.name, width=width, dropout=dropout, split=split, seed=study.seed, steps=steps,
-                **describe_run(study), **result)
+    facts = dict(system=system, encoder=study.encoder.name, width=width, dropout=dropout, split=split, seed=study.seed, steps=steps)
+    return {**facts, **describe_run(study), **result}
 
 
 def measure_system(study, system, dropout, steps, count=None):

@@ -31,7 +31,7 @@ def texts(cell):
 def test_runs(name):
     code = "import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_workers=0, do_print=True)"
     run = subprocess.run([sys.executable, "-c", code, str(ALL[name])], cwd=ROOT, capture_output=True, text=True,
-                         env={**os.environ, "MPLBACKEND": "agg"})
+                         env={**os.environ, "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""})
     assert run.returncode == 0 and run.stdout.count("- Completed") == 1, (run.stdout + run.stderr)[-6000:]
 
 

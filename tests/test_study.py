@@ -105,7 +105,7 @@ def test_rows_carry_their_origin(whole):
             assert "MLM on the stories" in row["encoder"] or row["system"].startswith(("GPT-2", "autoregressive")), (name, row)
             assert row["preset"] == "tiny" and row["seed"] == 1337 and row["reduced"] is True
             for field, value in row.items():
-                if "probability" in field or field.startswith("top1"): assert 0 <= value <= 1, (name, field, value)
+                if value is not None and ("probability" in field or field.startswith("top1")): assert 0 <= value <= 1, (name, field, value)
     rows = load_rows(out / "tables" / "table3.json")
     assert [row["system"] for row in rows] == [*SYSTEMS, "oracle"]
     assert len({row["n"] for row in rows}) == 1                     # one ruler: the same slots for all
@@ -338,6 +338,11 @@ PRESETS = {  # what is changed -> words of the message
     "negative steps": (dict(flow_steps=-1), ["flow_steps"]),
     "too narrow an encoder to pretrain": (dict(encoder="in-domain", widths=[64, 16]), ["encoder", "widths up to that"]),
     "no seed": (dict(seeds=0), ["seeds"]),
+    "a true seed": (dict(seeds=True), ["seeds", "True"]),
+    "a claim wider than full": (dict(claim_widths=[64]), ["claim_widths", "up to the full width"]),
+    "no heads": (nested("sizes", "prior", heads=0), ["heads", "at least 1"]),
+    "no steps": (nested("training", "encoder", steps=0), ["training.encoder", "steps"]),
+    "heads of the partner": (nested("sizes", "timing_gpt2", heads=3), ["sizes", "heads"]),
     "no batch to time": (dict(timing_batches=[0]), ["timing_batches"]),
 }
 
