@@ -22,7 +22,7 @@ test: $(STAMP)  ## install on the first call, then run the tests
 	@$(BIN)/python -m pytest -q tests
 
 lab: $(STAMP)  ## install on the first call, then open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab --notebook-dir=nbs
+	@$(BIN)/jupyter lab nbs/index.ipynb
 
 # The stamp is written last: an interrupted installation is taken up again by the next call.
 $(STAMP): constraints.txt pyproject.toml

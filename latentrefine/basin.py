@@ -36,7 +36,7 @@ def hidden_of(decoder):
 
 def sensitive_directions(hidden, words, real, size=16):
     "Unit vectors [n, width] along which the centred logits hidden(z) @ words.T change most at `real` [n, width]; `size` latents at a time."
-    centred = words - words.mean(0)
+    centred = words.float() - words.float().mean(0)
     gram = centred.T @ centred                                       # [inner, inner]
     found = []
     for part in real.split(size):

@@ -71,7 +71,7 @@ class RefineOutput:
     @property
     def tokens(self): return self.logits.argmax(-1)  # [batch, 32]
 
-
+# %% ../nbs/00_core.ipynb #c14
 class System(Protocol):
     "What the measuring harness asks of every system: the study's own, its peers, its baselines."
     name: str
@@ -88,7 +88,7 @@ class System(Protocol):
     def load(self, folder):
         "Read what `save` wrote; returns self."
 
-# %% ../nbs/00_core.ipynb #c15
+# %% ../nbs/00_core.ipynb #c16
 def generator(seed, *labels):
     "A CPU random generator fixed by `seed` and the labels that say what it is for."
     digest = hashlib.blake2b(repr((int(seed), *labels)).encode(), digest_size=8).digest()
@@ -100,7 +100,7 @@ def story_noise(batch, width, seed):
     rows = batch.prompt_ids.where(batch.prompt_mask, PAD).tolist()
     return torch.stack([torch.randn(TARGET_SLOTS, width, generator=generator(seed, tuple(row))) for row in rows])
 
-# %% ../nbs/00_core.ipynb #c19
+# %% ../nbs/00_core.ipynb #c20
 def device():
     "The accelerator if there is one, else the CPU."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,7 +112,7 @@ def autocast(precision):
     if precision == "bfloat16": return torch.autocast(device().type, torch.bfloat16)
     raise StudyError(f"precision: {precision!r} is not known; use float32 or bfloat16")
 
-# %% ../nbs/00_core.ipynb #c21
+# %% ../nbs/00_core.ipynb #c22
 def sweep(path):
     "Remove what processes that were killed while writing `path` left beside it."
     for scratch in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
@@ -136,12 +136,12 @@ def writing(path):
     finally:
         if scratch.exists(): scratch.unlink()
 
-
+# %% ../nbs/00_core.ipynb #c23
 def write_text(path, text):
     "Write `text` to `path`, all or nothing."
     with writing(path) as scratch: scratch.write_text(text, encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #c25
+# %% ../nbs/00_core.ipynb #c27
 VERSIONED = ("latentrefine", "torch", "transformers", "numpy", "POT", "mauve-text")
 
 
@@ -163,7 +163,7 @@ def hardware():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, {gpu}"
 
-
+# %% ../nbs/00_core.ipynb #c28
 def commit():
     "The commit of the checkout the code runs from, marked `+` when code has changed since; `unknown` outside git."
     def git(*words): return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -173,7 +173,7 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
-# %% ../nbs/00_core.ipynb #c26
+# %% ../nbs/00_core.ipynb #c29
 ROW_FIELDS = ("system", "encoder", "width", "dropout", "split", "n", "seed", "steps")
 
 
@@ -193,7 +193,7 @@ def save_rows(path, rows, run):
         whole.append({**row, **run})
     write_text(path, json.dumps(whole, indent=1) + "\n")
 
-
+# %% ../nbs/00_core.ipynb #c30
 def load_rows(path):
     "Read the rows written by `save_rows`."
     path = Path(path)

@@ -47,7 +47,7 @@ class DraftPriorConfig:
     norm_weight: float = .1     # a_norm (not given)
     ce_weight: float = 1.       # a_ce (not given)
 
-
+# %% ../nbs/21_draft_prior.ipynb #c08
 class CorrectionNet(nn.Module):
     "g: latents [batch, 32, width] and prompt latents to a correction of the same shape."
     def __init__(self, config):
@@ -64,7 +64,7 @@ class CorrectionNet(nn.Module):
         for layer in self.layers: x = layer(x, prompt, mask, prompt_mask)
         return self.output(self.norm(x))
 
-# %% ../nbs/21_draft_prior.ipynb #c09
+# %% ../nbs/21_draft_prior.ipynb #c10
 class DraftPrior(nn.Module):
     "The start distribution of the report, section 3.4."
     def __init__(self, config):
@@ -78,7 +78,7 @@ class DraftPrior(nn.Module):
         z_in = z_d if noise is None else (1 - s * s) ** .5 * z_d + s * noise
         return z_in + self.correct(z_in, z_p, mask, prompt_mask)
 
-# %% ../nbs/21_draft_prior.ipynb #c14
+# %% ../nbs/21_draft_prior.ipynb #c15
 def latent_losses(z, z_s, mask):
     "Mean squared error, 1 - cosine and squared norm difference (per feature) over valid slots."
     z, z_s = z[mask].float(), z_s[mask].float()
@@ -93,7 +93,7 @@ def start_loss(z, z_s, decoder, batch, config, count, gen):
     loss = mse + config.cos_weight * cos + config.norm_weight * norm + config.ce_weight * ce
     return loss, dict(ce=ce.item(), target_probability=probability, cosine=1 - cos.item(), mse=mse.item())
 
-# %% ../nbs/21_draft_prior.ipynb #c17
+# %% ../nbs/21_draft_prior.ipynb #c18
 def start(encoder, autoencoder, prior, batch):
     "(z_0, z_d, z_p) of a batch, each [batch, 32, width]; without a prior z_0 is z_d."
     z_p, z_d = draft_latents(encoder, autoencoder, batch)
@@ -107,7 +107,7 @@ def drafted(corpus, training, dropouts, step):
     rate = dropouts[step % len(dropouts)]
     return with_drafts(batch.to("cpu"), rate, generator(training.seed, "draft", "train", step)).to(device()), states
 
-
+# %% ../nbs/21_draft_prior.ipynb #c19
 def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder):
     "Train a DraftPrior on fresh drafts at the given rates; returns it frozen, and its curve."
     torch.manual_seed(training.seed)

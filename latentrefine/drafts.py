@@ -52,7 +52,7 @@ def drop_first(ids, mask, dropout, gen):
     "The first token dropped, the rest moved left; `dropout` and `gen` are not used."
     return pack(ids, mask & ((torch.arange(ids.shape[1]) > 0) | (ids == SEP)))
 
-
+# %% ../nbs/02_drafts.ipynb #c12
 def drop_last(ids, mask, dropout, gen):
     "The last token before the end marker dropped; `dropout` and `gen` are not used."
     last = (mask & (ids != SEP)).sum(1, keepdim=True) - 1

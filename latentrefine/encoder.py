@@ -46,7 +46,7 @@ def check_encoder(name, config, tokenizer):
     if config.max_position_embeddings < PROMPT_SLOTS + TARGET_SLOTS:
         raise StudyError(f"encoder {name}: {config.max_position_embeddings} positions; 64 slots are needed")
 
-
+# %% ../nbs/03_encoder.ipynb #c08
 def read_encoder(name):
     "Model and tokenizer for `minilm`, a local folder or a hub name; raises StudyError with the remedy."
     logging.set_verbosity_error(); logging.disable_progress_bar()
@@ -64,10 +64,10 @@ def read_encoder(name):
     check_encoder(name, model.config, tokenizer)
     return model, tokenizer
 
-# %% ../nbs/03_encoder.ipynb #c09
+# %% ../nbs/03_encoder.ipynb #c10
 LAYERS = ("last", "last + embedding")     # the report's latent, and the mean of the last layer and the embedding layer: an ablation
 
-
+# %% ../nbs/03_encoder.ipynb #c11
 @dataclass(frozen=True)
 class Encoder:
     "A frozen BERT with its tokenizer, its name and a digest of its weights."
@@ -82,7 +82,9 @@ class Encoder:
     def width(self): return self.model.config.hidden_size
 
     @property
-    def word_embeddings(self): return self.model.embeddings.word_embeddings.weight.detach()  # [vocab, width]
+    def word_embeddings(self):
+        "The word matrix [vocab, width] in the encoder's precision: a decoder that held it in fp32 would convert it at every call."
+        return self.model.embeddings.word_embeddings.weight.detach().to(getattr(torch, self.precision))
 
     @torch.no_grad()
     def hidden(self, prompt_ids, prompt_mask, suffix_ids, suffix_mask):
@@ -100,7 +102,7 @@ class Encoder:
         if layers == self.layers: return self
         return replace(self, layers=layers, digest=hashlib.sha256(f"{self.digest} {layers}".encode()).hexdigest())
 
-
+# %% ../nbs/03_encoder.ipynb #c12
 def load_encoder(name, precision="float32"):
     "The frozen encoder called `name`, in eval mode on the study's device."
     model, tokenizer = read_encoder(name)
@@ -109,7 +111,7 @@ def load_encoder(name, precision="float32"):
     label = getattr(model.config, "study_name", None) or (name if name == "minilm" or not Path(name).is_dir() else Path(name).name)
     return Encoder(label, model.eval().requires_grad_(False).to(device()), tokenizer, digest.hexdigest(), precision)
 
-# %% ../nbs/03_encoder.ipynb #c11
+# %% ../nbs/03_encoder.ipynb #c14
 def embed_texts(encoder, texts, size=64):
     "Mean last-layer states [texts, width] as a numpy array; texts are cut at 64 word pieces."
     rows = []
@@ -120,12 +122,16 @@ def embed_texts(encoder, texts, size=64):
         rows.append(((states * weight).sum(1) / weight.sum(1)).float().cpu().numpy())
     return np.concatenate(rows)
 
-# %% ../nbs/03_encoder.ipynb #c13
+# %% ../nbs/03_encoder.ipynb #c16
 class Remembering:
     "An encoder that keeps the states of every batch it has seen."
     def __init__(self, encoder): self.encoder, self.seen = encoder, {}
 
     def __getattr__(self, name): return getattr(self.encoder, name)
+
+    def reading(self, layers):
+        "As `Encoder.reading`; what is read from other layers is remembered apart."
+        return self if layers == self.layers else Remembering(self.encoder.reading(layers))
 
     def hidden(self, *slots):
         "As `Encoder.hidden`."
@@ -133,7 +139,7 @@ class Remembering:
         if key not in self.seen: self.seen[key] = self.encoder.hidden(*slots)
         return self.seen[key]
 
-# %% ../nbs/03_encoder.ipynb #c19
+# %% ../nbs/03_encoder.ipynb #c22
 def data_digest(batch):
     "A digest of the stories of a batch: prompt and target ids and masks."
     digest = hashlib.sha256()
@@ -157,7 +163,7 @@ def clean_hidden(encoder, batch, folder, size=64):
     if table.shape != shape: raise StudyError(f"{path}: holds {table.shape}, expected {shape}; delete it and run again")
     return table
 
-# %% ../nbs/03_encoder.ipynb #c23
+# %% ../nbs/03_encoder.ipynb #c26
 @dataclass(frozen=True)
 class Corpus:
     "Clean stories [stories] and their states [stories, 64, width]."

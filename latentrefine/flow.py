@@ -55,7 +55,7 @@ class FlowConfig:
     ot_weight: float = .1     # transport loss, with a metric only (not given)
     ot_points: int = 256      # valid slots a step in the transport loss
 
-
+# %% ../nbs/23_flow.ipynb #c08
 class FlowNet(nn.Module):
     "Force [batch, 32, width] at z_t and time t [batch], given a condition and prompt latents."
     def __init__(self, config):
@@ -77,7 +77,7 @@ class FlowNet(nn.Module):
         x = self.norm(x)
         return sum(head(x) for head in self.heads)
 
-# %% ../nbs/23_flow.ipynb #c12
+# %% ../nbs/23_flow.ipynb #c13
 def local_end(z_0, z_s, eta):
     "z_1: the share eta of the way from z_0 to z_s."
     return z_0 + eta * (z_s - z_0)
@@ -87,7 +87,7 @@ def on_path(z_0, z_1, t):
     "z_t on the straight line from z_0 to z_1 at times t [batch], and its velocity."
     return z_0 + t[:, None, None] * (z_1 - z_0), z_1 - z_0
 
-# %% ../nbs/23_flow.ipynb #c15
+# %% ../nbs/23_flow.ipynb #c16
 def euler(flow, metric, z_0, condition, z_p, mask, prompt_mask, steps):
     "Latents after `steps` Euler steps from z_0; `metric` is None for the identity."
     z = z_0
@@ -98,7 +98,7 @@ def euler(flow, metric, z_0, condition, z_p, mask, prompt_mask, steps):
         z = z + flow.config.alpha / steps * velocity
     return z
 
-# %% ../nbs/23_flow.ipynb #c19
+# %% ../nbs/23_flow.ipynb #c20
 def refined_losses(flow, metric, z_0, z_d, z_p, z_s, decoder, batch, count, gen):
     "Cross-entropy and transport of latents refined with gradient, and what a plot of training shows."
     config, valid = flow.config, batch.target_mask
@@ -112,7 +112,7 @@ def refined_losses(flow, metric, z_0, z_d, z_p, z_s, decoder, batch, count, gen)
                 cosine=F.cosine_similarity(z[valid], z_s[valid], dim=-1).mean().item())
     return ce, transport, g, {**logs, "step_norm": (z - z_0)[valid].norm(dim=-1).mean().item()}
 
-
+# %% ../nbs/23_flow.ipynb #c21
 def train_flow(corpus, encoder, autoencoder, prior, config, metric_config, dropouts, training, folder):
     "Train FlowNet (with MetricNet unless `metric_config` is None) on local paths; returns (flow, metric), frozen, and the curve."
     torch.manual_seed(training.seed)
@@ -137,7 +137,7 @@ def train_flow(corpus, encoder, autoencoder, prior, config, metric_config, dropo
     finish(folder, both, {**note, "dropouts": list(dropouts)}, training, curve)
     return flow, metric, curve
 
-
+# %% ../nbs/23_flow.ipynb #c22
 def load_flow(folder, **expected):
     "(flow, metric) saved in `folder`, frozen; metric is None where none was trained."
     config, weights = read_model(folder, **expected)
@@ -148,7 +148,7 @@ def load_flow(folder, **expected):
     both.to(device()).eval().requires_grad_(False)
     return flow, metric
 
-# %% ../nbs/23_flow.ipynb #c21
+# %% ../nbs/23_flow.ipynb #c24
 def train_gaussian_flow(corpus, encoder, autoencoder, config, training, folder):
     "Train FlowNet on paths from Gaussian noise to target latents, given the prompt; returns it frozen, and the curve."
     torch.manual_seed(training.seed)

@@ -11,6 +11,7 @@ import torch
 
 from .core import SEP, TARGET_SLOTS, VOCAB
 from .drafts import drop_tokens
+from .recoverability import token_scores
 
 # %% ../nbs/13_misalignment.ipynb #c05
 def held(ids, mask, dropout):
@@ -49,8 +50,7 @@ def chance(batch):
 # %% ../nbs/13_misalignment.ipynb #c19
 def slot_probabilities(logits, ids, mask):
     "Target probability [batch, slots] of `logits` [batch, slots, vocab] at valid slots, 0 elsewhere."
-    picked = logits[mask].float().log_softmax(-1).gather(1, ids[mask][:, None])[:, 0].exp()
-    return torch.zeros(mask.shape, device=logits.device).masked_scatter(mask, picked)
+    return torch.zeros(mask.shape, device=logits.device).masked_scatter(mask, token_scores(logits, ids, mask)["probability"])
 
 
 def grouped(keys, values):
@@ -69,7 +69,7 @@ def by_distance(scores, mask, first):
     used = mask & (first < mask.shape[1])[:, None]
     return grouped((torch.arange(mask.shape[1]) - first[:, None])[used], scores[used])
 
-
+# %% ../nbs/13_misalignment.ipynb #c20
 def before_and_behind(scores, mask, first):
     "(mean score of valid slots before `first` [stories], mean score from there on)."
     before = torch.arange(mask.shape[1]) < first[:, None]

@@ -86,7 +86,7 @@ def save_encoder(folder, net, curve):
         write_text(folder / "curve.csv", pd.DataFrame(curve).to_csv(index=False))
     (folder / "state.safetensors").unlink(missing_ok=True)
 
-
+# %% ../nbs/07_pretrain.ipynb #c18
 def train_encoder(batch, size, training, folder):
     "Pretrain a BERT on clean stories (a Batch) into `folder`, a checkpoint for `load_encoder`; returns the network, frozen, and its curve."
     torch.manual_seed(training.seed)

@@ -54,7 +54,7 @@ def train_head(corpus, autoencoder, refined, config, dropouts, training, folder)
     curve = fit(head, loss_at, training, folder, f"auxiliary head d={config.width}")
     return finish(folder, head, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
 
-
+# %% ../nbs/25_readout.ipynb #c10
 def load_head(folder, autoencoder, **expected):
     "(head, share): the auxiliary head saved in `folder`, frozen, and its share of the logits."
     config, weights = read_model(folder, **expected)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .autoencoder import AutoencoderConfig, load_autoencoder, prompt_latents, target_latents, train_autoencoder
-from .core import PROMPT_SLOTS, TARGET_SLOTS, UNK, RefineOutput, StudyError, autocast, device, story_noise, write_text
+from .autoencoder import AutoencoderConfig, load_autoencoder, prompt_latents, target_latents, train_autoencoder, vocabulary_of
+from .core import PROMPT_SLOTS, TARGET_SLOTS, RefineOutput, StudyError, autocast, device, story_noise, write_text
 from .draft_prior import DraftPriorConfig, load_prior, start, train_prior
 from .drafts import clean_batch
 from .encoder import Corpus, Encoder, clean_hidden
@@ -91,10 +91,10 @@ def fit_autoencoder(encoder, stories, config):
     folder = Path(config.folder)
     batch = clean_batch(*slot_stories(stories, encoder.tokenizer)[:4])
     corpus = Corpus(batch, clean_hidden(encoder, batch, folder))
-    kept = torch.cat([batch.prompt_ids.flatten(), batch.target_ids.flatten(), torch.tensor([UNK])]).unique()
-    return corpus, train_autoencoder(corpus, encoder, AutoencoderConfig(encoder.width, config.width), kept, config.training, folder / "autoencoder")[0]
+    sizes = AutoencoderConfig(encoder.width, config.width)
+    return corpus, train_autoencoder(corpus, encoder, sizes, vocabulary_of(batch), config.training, folder / "autoencoder")[0]
 
-
+# %% ../nbs/30_refiner.ipynb #c08
 def fit_dclr(system, stories, config):
     "A DCLR with every part trained on `stories`, each part kept in a subfolder of `config.folder`."
     encoder, folder, training, d = system.encoder, Path(config.folder), config.training, config.width
@@ -109,7 +109,7 @@ def fit_dclr(system, stories, config):
     head, _ = train_head(corpus, autoencoder, refined, readout, config.dropouts, training, folder / "head")
     return replace(whole, head=head, share=readout.share)
 
-# %% ../nbs/30_refiner.ipynb #c08
+# %% ../nbs/30_refiner.ipynb #c09
 def save_autoencoder(system, folder):
     "Write the autoencoder of a system, with the encoder it belongs to."
     save_model(folder / "autoencoder", system.autoencoder,
@@ -129,7 +129,7 @@ def save_dclr(system, folder):
     for name in kept: save_model(folder / name, *parts[name])
     write_text(folder / "parts.json", json.dumps(dict(name=system.name, parts=kept)))
 
-
+# %% ../nbs/30_refiner.ipynb #c10
 def read_parts(folder):
     "Name and parts of the system saved in `folder`; StudyError if there is none."
     if not (folder / "parts.json").exists(): raise StudyError(f"{folder}: no saved system here (parts.json is missing)")
@@ -151,7 +151,7 @@ def load_dclr(encoder, folder):
         system = replace(system, head=head, share=share)
     return system
 
-# %% ../nbs/30_refiner.ipynb #c10
+# %% ../nbs/30_refiner.ipynb #c12
 @torch.no_grad()
 def oracle(encoder, autoencoder, batch):
     "RefineOutput of the real target latents; the target enters, so this is a bound and never a system."
@@ -159,7 +159,7 @@ def oracle(encoder, autoencoder, batch):
     z_s = target_latents(autoencoder, encoder.hidden(batch.prompt_ids, batch.prompt_mask, batch.target_ids, batch.target_mask))
     with autocast(encoder.precision): return RefineOutput(autoencoder.decoder.full(z_s), z_s, 2)
 
-
+# %% ../nbs/30_refiner.ipynb #c13
 @dataclass(frozen=True)
 class GaussianStart:
     "The flow from noise, given the prompt alone: the draft is not read."
@@ -197,7 +197,7 @@ class GaussianStart:
         name = read_parts(folder)["name"]
         return replace(self, autoencoder=load_autoencoder(folder / "autoencoder", self.encoder), flow=load_flow(folder / "flow")[0], name=name)
 
-# %% ../nbs/30_refiner.ipynb #c12
+# %% ../nbs/30_refiner.ipynb #c15
 def refine_text(system, prompt, draft, steps=4, seed=1337):
     "(text, [(word piece, probability)]) for a prompt and a draft given as text; the text ends at the end marker."
     if not draft.strip(): raise StudyError("draft: it is empty; give the text to refine")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'Node', 'stage_nodes', 'first_nodes', 'nodes', 'syntax', 'modules_of', 'code_of', 'stories_mark', 'key_of',
-           'spec_of', 'follow', 'engine', 'reproduce', 'trained_on', 'evaluate', 'parser', 'print_tables', 'absolute',
-           'run_command', 'main']
+           'spec_of', 'follow', 'engine', 'reproduce', 'trained_on', 'evaluate', 'Defaults', 'parser', 'print_tables',
+           'absolute', 'run_command', 'main']
 
 # %% ../nbs/62_reproduce.ipynb #c02
 import argparse
@@ -33,7 +33,7 @@ from .notebooks import EXPERIMENTS, die_with_parent, lock
 from .refiner import oracle, refine_text
 from .report import PUBLISHED
 from .stories import read_stories, slot_stories
-from .study import EVALUATION_SEED, FIGURE_RATE, IN_DOMAIN, MAIN_RATE, SOURCES, SYSTEMS, Study, measure, open_system, percent, prior_name, row_of
+from .study import EVALUATION_SEED, FIGURE_RATE, IN_DOMAIN, MAIN_RATE, SOURCES, SYSTEMS, Study, measure, open_system, percent, prior_name, prior_rates, row_of
 
 # %% ../nbs/62_reproduce.ipynb #c05
 COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")
@@ -59,7 +59,7 @@ class Node:
         tables = ("table5", "speed") if self.name == "table5" else (self.name,)
         return [f"tables/{table}.{kind}" for table in tables for kind in ("json", "csv", "md")]
 
-
+# %% ../nbs/62_reproduce.ipynb #c06
 def stage_nodes(study):
     "Nodes that train models, at each seed of the study; the encoder, if it is trained here, is one for all."
     full, narrow, p = study.full, study.narrow, study.preset
@@ -69,10 +69,10 @@ def stage_nodes(study):
         return [Node(f"{name}-s{seed}", f"stage_{notebook}", tuple(need if need == "stories" else f"{need}-s{seed}" for need in needs), {"seed": seed, **parameters}, settings) for seed in seeds]
     nodes = [one for w in sorted({full, narrow, *p["claim_widths"]}, reverse=True) for one in stage(f"autoencoder-{w}", "autoencoder", ["stories"], "autoencoder", width=w)]
     nodes += stage(f"autoencoder-{full}-mixed", "autoencoder", ["stories"], "autoencoder", width=full, layers=LAYERS[1])
-    rates = sorted({*p["dropouts"], MAIN_RATE, FIGURE_RATE})
-    shares = [rates] if p["shared_prior"] else [[r] for r in rates]
+    shares = [prior_rates(study)] if p["shared_prior"] else [[rate] for rate in prior_rates(study)]
     for w in (full, narrow):
         for share in shares: nodes += stage(prior_name(study, w, share[0]), "draft_prior", [f"autoencoder-{w}"], "prior", ("prior",), width=w, dropouts=share)
+    nodes += stage(prior_name(study, full, MAIN_RATE, long=True), "draft_prior", [f"autoencoder-{full}"], "long", ("prior",), width=full, dropouts=[MAIN_RATE], long=True)
     for kind, r in (("flow", MAIN_RATE), ("metric", MAIN_RATE), ("metric", FIGURE_RATE)):
         nodes += stage(f"{kind}-{full}-{percent(r)}", "flow", [prior_name(study, full, r)], "flow", ("flow", "metric"), with_metric=kind == "metric", dropout=r)
     place = f"{full}-{percent(MAIN_RATE)}"
@@ -81,7 +81,7 @@ def stage_nodes(study):
     nodes += stage(f"gaussian-{full}", "gaussian_flow", [f"autoencoder-{full}"], "gaussian", ("flow",))
     return nodes + (stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",)) if p["gpt2"] == "trained" else [])
 
-
+# %% ../nbs/62_reproduce.ipynb #c07
 def first_nodes(study):
     "Nodes that all others wait for: the encoder, where the study trains it, and the stories."
     own = study.preset["encoder"] == IN_DOMAIN
@@ -89,28 +89,36 @@ def first_nodes(study):
     encoder = [Node("encoder", "stage_encoder", (), {"seed": study.seed}, settings)] if own else []
     return [*encoder, Node("stories", "stories", ("encoder",) if own else ())]
 
-
+# %% ../nbs/62_reproduce.ipynb #c08
 def nodes(study):
     "All nodes of a study, by name, in an order in which they could run."
     p, full, stages = study.preset, study.full, stage_nodes(study)
     place = f"{full}-{percent(MAIN_RATE)}"
     def of(*names): return tuple(n.name for n in stages if n.name.rsplit("-s", 1)[0] in names)      # at every seed
     priors = of(*(prior_name(study, w, r) for w in (full, study.narrow) for r in p["dropouts"]))
-    full_system, start = of(f"metric-{place}", f"head-metric-{place}"), of(prior_name(study, full, MAIN_RATE))
+    full_system = of(f"metric-{place}", f"head-metric-{place}")
     refiners = (*of(f"flow-{place}", f"head-flow-{place}", f"residual-{place}"), *full_system)
     sweep = of(*(f"autoencoder-{w}" for w in p["claim_widths"]), f"autoencoder-{full}-mixed")
     def experiment(name, needs, *settings): return Node(name, name, tuple(needs), {"seeds": study.seeds}, {"seed": study.seed, **{s: p[s] for s in settings}})
-    tables = [experiment("table1", ["stories"], "sizes"), experiment("table2", priors, "dropouts"), experiment("table3", refiners, "flow_steps"),
-              experiment("table4", of(f"flow-{place}"), "flow_steps"), experiment("table5", (*of("gpt2"), *full_system), "samples", "gpt2", "timing_batches", "sizes"),
-              experiment("table6", (*full_system, *of(prior_name(study, study.narrow, MAIN_RATE))), "flow_steps"),
-              experiment("figure1", of(f"metric-{full}-{percent(FIGURE_RATE)}")), experiment("gaussian_start", (*of(f"gaussian-{full}"), *full_system), "flow_steps"),
-              experiment("gpt2_comparison", (*of("gpt2"), *full_system), "samples", "gpt2"), experiment("misalignment", full_system, "flow_steps"),
-              experiment("basin", full_system, "flow_steps"), experiment("claims", ("table2", "table3", "table4", "table5", "gaussian_start", *sweep, *refiners), "flow_steps", "claim_widths")]
+    long = of(prior_name(study, full, MAIN_RATE, long=True))
+    tables = [
+        experiment("table1", ["stories"], "sizes"),
+        experiment("table2", priors, "dropouts"),
+        experiment("table3", refiners, "flow_steps"),
+        experiment("table4", of(f"flow-{place}"), "flow_steps"),
+        experiment("table5", (*of("gpt2"), *full_system), "samples", "gpt2", "timing_batches", "sizes"),
+        experiment("table6", (*full_system, *of(prior_name(study, study.narrow, MAIN_RATE))), "flow_steps"),
+        experiment("figure1", of(f"metric-{full}-{percent(FIGURE_RATE)}")),
+        experiment("gaussian_start", (*of(f"gaussian-{full}"), *full_system), "flow_steps"),
+        experiment("gpt2_comparison", (*of("gpt2"), *full_system), "samples", "gpt2"),
+        experiment("misalignment", (*full_system, *long), "flow_steps"),
+        experiment("basin", full_system, "flow_steps"),
+        experiment("claims", ("table3", "table4", "gaussian_start", "basin", *sweep, *refiners), "flow_steps", "claim_widths")]
     first = first_nodes(study)
     report = Node("report", "report", ("stories", *(n.name for n in tables)))
     return {n.name: n for n in [*first, *stages, *tables, report]}
 
-# %% ../nbs/62_reproduce.ipynb #c09
+# %% ../nbs/62_reproduce.ipynb #c12
 def syntax(source):
     "The syntax tree of Python source as text, docstrings left out."
     tree = ast.parse(source)
@@ -130,7 +138,7 @@ def modules_of(source):
         todo += [name for name in re.findall(r"^from \.+([\w.]+) import", path.read_text(), re.M)]
     return sorted(found)
 
-
+# %% ../nbs/62_reproduce.ipynb #c13
 @lru_cache
 def code_of(notebook):
     "A digest of the code of an experiment notebook and of every module it reaches."
@@ -154,7 +162,7 @@ def key_of(study, node):
     facts = [numbers, node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, stories_mark(study.source), code_of(node.notebook)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/62_reproduce.ipynb #c12
+# %% ../nbs/62_reproduce.ipynb #c16
 def spec_of(study, node):
     "What `latentrefine.notebooks` needs to run a node, as JSON; paths inside the study are taken from its root."
     source = study.source if study.source in SOURCES else os.path.relpath(study.source, ROOT)
@@ -162,7 +170,7 @@ def spec_of(study, node):
     parameters = {**dict(preset=str(study.preset_path), stories=source, out=out, seed=study.seed), **node.parameters}
     return json.dumps(dict(name=node.name, notebook=node.notebook, parameters=parameters, out=str(study.out)))
 
-
+# %% ../nbs/62_reproduce.ipynb #c17
 def follow(process, log):
     "Show the progress of a Snakemake process that writes to the file `log`, until it ends."
     bar, place = None, 0
@@ -180,18 +188,19 @@ def follow(process, log):
     if bar: bar.close()
     return text
 
-
+# %% ../nbs/62_reproduce.ipynb #c18
 def engine(study, targets, cores):
     "The Snakemake command for a study, and its environment."
     graph, due = nodes(study), list(targets)
     for name in due: due += [n for n in graph[name].needs if n not in due]
     for name in due: write_text(study.out / "logs" / f"{name}.json", spec_of(study, graph[name]))
-    settings = dict(targets=due, python=sys.executable, study=dict(preset=str(study.preset_path), stories=str(study.source), out=str(study.out), seed=study.seed, seeds=study.seeds))
+    settings = dict(targets=due, python=sys.executable)
+    settings["study"] = dict(preset=str(study.preset_path), stories=str(study.source), out=str(study.out), seed=study.seed, seeds=study.seeds)
     write_text(study.out / "logs" / "study.json", json.dumps(settings))
     return [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "nbs" / "Snakefile"), "--directory", str(study.out), "--cores", str(cores),
             "--configfile", str(study.out / "logs" / "study.json"), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
 
-
+# %% ../nbs/62_reproduce.ipynb #c19
 def reproduce(study, targets, cores):
     "Bring the targets of a study up to date; returns the seconds it took, or None if nothing was due. StudyError if a node fails."
     graph = nodes(study)
@@ -215,13 +224,13 @@ def reproduce(study, targets, cores):
         raise StudyError("\n".join(reasons) or f"the study stopped; the reason is in {log}")
     return None if "Nothing to be done" in text else time.monotonic() - began
 
-# %% ../nbs/62_reproduce.ipynb #c14
+# %% ../nbs/62_reproduce.ipynb #c21
 def trained_on(study):
     "The stories a study's models were trained on, as its node `stories` noted them."
     note = study.out / "models" / "source.json"
     return json.loads(note.read_text(encoding="utf-8")) if note.exists() else study.source
 
-
+# %% ../nbs/62_reproduce.ipynb #c22
 def evaluate(study, source, dropout, system_name, limit=None):
     "Rows of oracle, no-op and one system on the stories of any source; also written to evaluations/."
     if not 0 <= dropout <= 1: raise StudyError(f"dropout {dropout}: a share between 0 and 1 is needed, such as 0.05")
@@ -247,10 +256,14 @@ def evaluate(study, source, dropout, system_name, limit=None):
     save_rows(target, rows, provenance("evaluate", study.preset_name, time.monotonic() - study.started))
     return rows, target
 
-# %% ../nbs/62_reproduce.ipynb #c16
+# %% ../nbs/62_reproduce.ipynb #c24
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    "Help with the default behind each option that has one; for an empty one the help itself says what it means."
+    def _get_help_string(self, action): return action.help if action.default in ("", None) else super()._get_help_string(action)
+
+
 def parser():
     "The argument parser of `latentrefine`."
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--preset", default="quick", help="sizes of the run: a name in nbs/presets or a .yaml file")
     shared.add_argument("--stories", default="", help="embedded, rocstories, or a .csv, .jsonl or .txt file (also .gz); empty: the preset's")
@@ -260,40 +273,43 @@ def parser():
     main = argparse.ArgumentParser("latentrefine", description="When is a refined latent still readable as text? Reproduce the study, and use what it trains.",
         epilog="example: latentrefine reproduce && latentrefine refine --prompt 'Ann went out. It rained.' --draft 'she her umbrella.'")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    def command(name, text, **more): return commands.add_parser(name, help=text, description=text, parents=[shared], formatter_class=formatter, **more)
+    def command(name, text, **more): return commands.add_parser(name, help=text, description=text, parents=[shared], formatter_class=Defaults, **more)
     one = command("reproduce", "Regenerate tables, figures and models; only what is missing or stale runs.")
     one.add_argument("targets", nargs="*", metavar="TARGET", help="nodes such as table2, figure1, prior-384-shared (at every seed), prior-384-shared-s1337; none: everything")
     one.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks share this many cores")
     two = command("refine", "Refine a draft: text in, refined text and the probability of each token out.")
-    two.add_argument("--prompt", required=True, default=argparse.SUPPRESS, help="the sentences before the draft"); two.add_argument("--draft", required=True, default=argparse.SUPPRESS, help="the text to refine")
+    two.add_argument("--prompt", required=True, default=argparse.SUPPRESS, help="the sentences before the draft, up to 30 word pieces")
+    two.add_argument("--draft", required=True, default=argparse.SUPPRESS, help="the text to refine, up to 31 word pieces")
     three = command("evaluate", "Score a trained system on any stories: CE, target probability, top-1, beside oracle and no-op. "
                     "--stories names the stories to score; the system is the one that the preset's last run trained.")
     three.add_argument("--dropout", type=float, default=MAIN_RATE, help="share of target tokens dropped to make the drafts")
-    three.add_argument("--limit", type=int, default=None, help="score at most this many stories")
-    for sub in (two, three): sub.add_argument("--system", default="full", choices=SYSTEMS, help="which system")
+    three.add_argument("--limit", type=int, default=None, help="score at most this many stories; else all")
+    for sub in (two, three): sub.add_argument("--system", default="full", choices=SYSTEMS, help="which system, in quotes where the name has a space; the README explains them")
     four = command("tables", "Print the tables of a preset.")
     four.add_argument("names", nargs="*", metavar="TABLE", help="tables such as table2; none: all")
     return main
 
-
+# %% ../nbs/62_reproduce.ipynb #c25
 def print_tables(study, names):
     "Print the Markdown tables of a study."
     folder = study.out / "tables"
     known = sorted(path.stem for path in folder.glob("*.md"))
     for name in names or known:
-        if name not in known: raise StudyError(f"table {name}: not in {folder}; regenerate it with: latentrefine reproduce {name} --preset {study.preset_path}")
+        if name not in known:
+            raise StudyError(f"table {name}: not in {folder}, which has {', '.join(known) or 'none'}; make what is missing with: latentrefine reproduce --preset {study.preset_path}")
         print(f"\n{name}\n\n{(folder / f'{name}.md').read_text(encoding='utf-8')}")
     if not known: raise StudyError(f"{folder}: no tables yet; make them with: latentrefine reproduce --preset {study.preset_path}")
 
-# %% ../nbs/62_reproduce.ipynb #c17
+# %% ../nbs/62_reproduce.ipynb #c26
 def absolute(path, names=()):
     "A user's path, taken from where the command was called; names in `names` and empty strings stay."
     return path if not path or path in names else str(Path(path).expanduser().absolute())
 
-
+# %% ../nbs/62_reproduce.ipynb #c27
 def run_command(given):
     "Carry out parsed arguments."
     stories = absolute(given.stories, SOURCES)
+    if stories and stories not in SOURCES and not Path(stories).is_file(): raise StudyError(f"{stories}: no such file; check the path, or use {' or '.join(SOURCES)}")
     preset = absolute(given.preset) if given.preset.endswith((".yaml", ".yml")) else given.preset
     study = Study(preset, "" if given.command == "evaluate" else stories, absolute(given.out), given.seed, given.seeds)
     if given.seeds < 0: raise StudyError(f"--seeds {given.seeds}: at least 1 is needed, or 0 for the preset's")
@@ -307,12 +323,12 @@ def run_command(given):
         print(text + "\n\n" + "\n".join(f"{probability:6.3f}  {piece}" for piece, probability in pieces))
     if given.command == "evaluate":
         rows, target = evaluate(study, stories or study.source, given.dropout, given.system, given.limit)
-        columns = ["system", "n", "ce", "target_probability", "target_probability_low", "target_probability_high", "top1"]
+        columns = ["system", "n", "ce", "target_probability", "target_probability_low", "target_probability_high", "top1", "aligned_probability", "aligned_top1"]
         print(pd.DataFrame(rows)[columns].to_markdown(index=False, floatfmt=".3f"))
         print(f"\n{rows[0]['left_out']} training stories left out; {rows[0]['targets_truncated']:.1%} of targets do not fit in 32 slots and are cut\nwritten: {target}")
     if given.command == "tables": print_tables(study, given.names)
 
-
+# %% ../nbs/62_reproduce.ipynb #c28
 def main(arguments=None):
     "Parse and carry out a command line; exit code 0, or 2 for a user's error. Ctrl-C is left to `63_command`."
     try: run_command(parser().parse_args(arguments))

@@ -37,7 +37,7 @@ def flaw(sentences):
         if not isinstance(sentence, str): return f"sentence{number} is not text"
         if not sentence.strip(): return f"sentence{number} is empty"
 
-
+# %% ../nbs/01_stories.ipynb #c06
 @dataclass(frozen=True)
 class Story:
     "Five sentences; a reader checks its input first, so a wrong story here is a mistake in the code."
@@ -56,7 +56,7 @@ class Story:
     @property
     def target(self): return " ".join(self.sentences[2:])
 
-# %% ../nbs/01_stories.ipynb #c09
+# %% ../nbs/01_stories.ipynb #c10
 SENTENCES = tuple(f"sentence{i}" for i in range(1, 6))
 LAYOUTS = "sentence1 to sentence5, sentences (a list of five), or story or text (one string)"
 
@@ -79,7 +79,7 @@ def sentences_of(record, where):
     if not isinstance(found, kind): raise StudyError(f"{where}: the story field holds {type(found).__name__}; give {LAYOUTS}")
     return found if kind is list else cut(found)
 
-
+# %% ../nbs/01_stories.ipynb #c11
 def to_story(record, where):
     "The story in a record (a dict); StudyError names `where`, the field and the remedy."
     sentences = sentences_of(record, where)
@@ -90,7 +90,7 @@ def to_story(record, where):
     except UnicodeEncodeError as error: raise StudyError(f"{where}: holds half a character ({error.object[error.start]!r}); write the text as UTF-8") from error
     return Story(str(record.get("storyid") or digest), sentences)
 
-# %% ../nbs/01_stories.ipynb #c14
+# %% ../nbs/01_stories.ipynb #c16
 def lines(path):
     "Yield (number, text) of the lines of a UTF-8 file, plain or .gz, without their line ends."
     number = 0
@@ -105,7 +105,7 @@ def lines(path):
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror or error}); give the path of a story file") from error
 
-
+# %% ../nbs/01_stories.ipynb #c17
 def csv_records(path):
     "Yield (line, record) of a CSV file with columns sentence1 to sentence5."
     rows = csv.reader((text + "\n" for _, text in lines(path)), strict=True)
@@ -124,7 +124,7 @@ def csv_records(path):
     except csv.Error as error:
         raise StudyError(f"{path}, line {start}: not CSV ({error}); a quotation mark is open or misplaced, or the lines end in neither LF nor CRLF") from error
 
-# %% ../nbs/01_stories.ipynb #c15
+# %% ../nbs/01_stories.ipynb #c18
 def json_records(path):
     "Yield (line, record) of a file with one JSON object a line."
     for number, text in lines(path):
@@ -142,7 +142,7 @@ def text_records(path):
 
 RECORDS = {".csv": csv_records, ".jsonl": json_records, ".json": json_records, ".txt": text_records}
 
-
+# %% ../nbs/01_stories.ipynb #c19
 def file_stories(path):
     "Yield the stories of a file in its order; the first bad row raises StudyError."
     path = Path(path)
@@ -156,7 +156,7 @@ def file_stories(path):
         yield story
     if story is None: raise StudyError(f"{path}: holds no story; give a file with at least one")
 
-# %% ../nbs/01_stories.ipynb #c17
+# %% ../nbs/01_stories.ipynb #c21
 HUB_ID = "mintujupally/ROCStories"
 
 
@@ -174,7 +174,7 @@ def hub_stories():
             else: yield to_story(record | {"sentences": sentences}, HUB_ID)
     if left_out: warnings.warn(f"rocstories: {left_out} texts of {HUB_ID} left out, they do not come apart into five sentences")
 
-# %% ../nbs/01_stories.ipynb #c19
+# %% ../nbs/01_stories.ipynb #c23
 def table(text):
     "The lines `slot: a | b | c` of a text as a dict of lists; lines of one slot add up."
     choices = defaultdict(list)
@@ -183,7 +183,7 @@ def table(text):
         choices[slot] += options.split(" | ")
     return dict(choices)
 
-
+# %% ../nbs/01_stories.ipynb #c24
 NAMES = {"she": "Ana Bella Clara Dora Ella Gina Hope Ivy Kate Lucy Mia Nora".split(),
          "he": "Adam Ben Carl Dan Eric Frank Greg Hank Jack Leo Max Sam".split()}
 PRONOUNS = {"she": dict(he="she", him="her", his="her"), "he": dict(he="he", him="him", his="his")}
@@ -208,7 +208,7 @@ bad: sad | upset | embarrassed | angry | tired | ashamed | worried | lonely | ne
 way: quietly | calmly | happily | politely | patiently | carefully | nervously | proudly
 """)
 
-# %% ../nbs/01_stories.ipynb #c21
+# %% ../nbs/01_stories.ipynb #c26
 TURNS = table("""
 trouble: Then {he} dropped the {tool} into a {color2} bucket. | A {color2} {animal2} ran off with the {tool}.
 trouble: Soon {he} slipped and hurt {his} {body}. | {weather} came suddenly and covered the {spot}.
@@ -242,7 +242,7 @@ luck: {he} drove home {way} and slept until {day}. | {he} wrote about it in a {c
 luck: {he} ate {food3} at the {place3} until it got dark. | {he} gave {his} {relative3} a {color3} {gift3}.
 """)
 
-# %% ../nbs/01_stories.ipynb #c22
+# %% ../nbs/01_stories.ipynb #c27
 KINDS = [table(kind) for kind in """
 one: {name} wanted to bake a {treat} for {his} {relative}. | {name} promised to bring a {treat} to the school fair. | {name} entered a baking contest with a {treat}.
 two: {he} had never used the old oven in the kitchen before. | {he} found the recipe in a dusty magazine under the couch. | {he} bought flour, butter and {number} eggs at the store.
@@ -357,7 +357,7 @@ tool: sketchbook | easel | frame | tripod
 spot: gallery | art table | museum wall
 """.split("\n\n")]
 
-# %% ../nbs/01_stories.ipynb #c24
+# %% ../nbs/01_stories.ipynb #c29
 def expand(template, choices, drawn, rng):
     "A sentence from a template: slots are drawn from `choices` once and kept in `drawn`."
     def fill(match):
@@ -378,7 +378,7 @@ def one_story(rng):
     plan = [*(rng.choice(kind[part]) for part in ("one", "two", "three")), rng.choice(TURNS[tone]), rng.choice(ENDS[tone])]
     return [expand(template, FILLERS | kind, drawn, rng) for template in plan]
 
-
+# %% ../nbs/01_stories.ipynb #c30
 def embedded_stories(n, seed=1337):
     "`n` distinct stories from the grammar, fixed by `seed`; fewer are a prefix of more."
     rng, found = random.Random(seed), {}
@@ -387,7 +387,7 @@ def embedded_stories(n, seed=1337):
         found.setdefault(story.key, story)
     return list(found.values())
 
-# %% ../nbs/01_stories.ipynb #c30
+# %% ../nbs/01_stories.ipynb #c36
 EMBEDDED = 4000
 
 
@@ -399,7 +399,7 @@ def read_stories(source, limit=None):
     stories = hub_stories() if str(source) == "rocstories" else file_stories(source)
     return list(islice(stories, limit))
 
-# %% ../nbs/01_stories.ipynb #c35
+# %% ../nbs/01_stories.ipynb #c41
 def words(story):
     "The story's words, lower-case, without punctuation."
     return tuple(re.findall(r"\w+", story.text.lower().replace("'", "").replace("’", "")))
@@ -422,7 +422,7 @@ def near_pairs(sets):
         yield from ((i, j) for j in {j for s in rare for j in earlier[s]} if near(shingles, sets[j]))
         for s in rare: earlier[s].append(i)
 
-# %% ../nbs/01_stories.ipynb #c37
+# %% ../nbs/01_stories.ipynb #c43
 def groups(stories):
     "The hash, 32 hex digits, of each story's group representative."
     texts = [words(s) for s in stories]
@@ -446,7 +446,7 @@ def split_stories(stories):
         split["train" if share < .8 else "validation" if share < .9 else "test"].append(story)
     return split
 
-# %% ../nbs/01_stories.ipynb #c41
+# %% ../nbs/01_stories.ipynb #c47
 def slots(rows, width):
     "Lists of ids as ids [n, width], int64, and mask [n, width], bool; longer rows are cut."
     ids = torch.full((len(rows), width), PAD)
@@ -466,7 +466,7 @@ def to_slots(texts_prompt, texts_target, tokenizer):
     truncated = torch.tensor([len(row) > TARGET_SLOTS for row in targets], dtype=torch.bool)
     return *slots(prompts, PROMPT_SLOTS), *slots(targets, TARGET_SLOTS), truncated
 
-
+# %% ../nbs/01_stories.ipynb #c48
 def slot_stories(stories, tokenizer):
     "`to_slots` of the stories' prompts and targets."
     return to_slots([s.prompt for s in stories], [s.target for s in stories], tokenizer)
@@ -477,7 +477,7 @@ def from_slots(ids, tokenizer):
     rows = [row[:row.index(SEP)] if SEP in row else row for row in ids.tolist()]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-# %% ../nbs/01_stories.ipynb #c45
+# %% ../nbs/01_stories.ipynb #c52
 def describe(stories, tokenizer):
     "Counts and shares that tell corpora apart: repetition, vocabulary (distinct word pieces), and what 32 slots cut off."
     prompts = pieces([s.prompt for s in stories], tokenizer)

@@ -41,13 +41,13 @@ def repetition_rate(texts):
     texts = _words(texts)
     return _ratio(sum(a == b for words in texts for a, b in zip(words, words[1:])), sum(map(len, texts)))
 
-
+# %% ../nbs/11_textmetrics.ipynb #c06
 def mean_length(texts):
     "Words per text."
     texts = _words(texts)
     return sum(map(len, texts)) / len(texts)
 
-# %% ../nbs/11_textmetrics.ipynb #c12
+# %% ../nbs/11_textmetrics.ipynb #c13
 @contextmanager
 def _quiet():
     "Nothing reaches the process's error stream, and no Python warning is shown."
@@ -70,7 +70,7 @@ def _mauve():
                          "install it with: pip install mauve-text") from error
     return compute_mauve
 
-# %% ../nbs/11_textmetrics.ipynb #c13
+# %% ../nbs/11_textmetrics.ipynb #c14
 def _features(p, q):
     "Both feature sets as fp32 arrays; ValueError unless they are finite and of one shape [n, width]."
     p, q = np.asarray(p, np.float32), np.asarray(q, np.float32)
@@ -88,7 +88,7 @@ def mauve_score(features_p, features_q, buckets=None, seeds=5):
         scores = [compute(p_features=p, q_features=q, num_buckets=buckets, seed=seed, verbose=False).mauve for seed in range(seeds)]
     return dict(mauve=float(np.mean(scores)), mauve_spread=float(np.ptp(scores)))
 
-# %% ../nbs/11_textmetrics.ipynb #c21
+# %% ../nbs/11_textmetrics.ipynb #c22
 def mauve_with_interval(features_p, features_q, repeats=20, seed=0):
     "`mauve_score` with `mauve_low` and `mauve_high`: score +- 1.96 sd over `repeats` resamplings of the rows, the same rows on both sides."
     p, q = _features(features_p, features_q)
@@ -101,7 +101,7 @@ def mauve_with_interval(features_p, features_q, repeats=20, seed=0):
     half = 1.96 * float(np.std(scores, ddof=1))
     return {**score, "mauve_low": max(0., score["mauve"] - half), "mauve_high": min(1., score["mauve"] + half)}
 
-# %% ../nbs/11_textmetrics.ipynb #c26
+# %% ../nbs/11_textmetrics.ipynb #c27
 def piece_counts(texts, tokenizer):
     "Word pieces of each text."
     return [len(row) for row in pieces(texts, tokenizer)]
@@ -113,7 +113,7 @@ def cut_to(texts, lengths, tokenizer):
     return [text if len(row) <= max(1, length) else tokenizer.decode(row[:max(1, length)])
             for text, row, length in zip(texts, pieces(texts, tokenizer), lengths)]
 
-# %% ../nbs/11_textmetrics.ipynb #c30
+# %% ../nbs/11_textmetrics.ipynb #c31
 def remembered(embed):
     "`embed(texts) -> [n, width]`, which computes each different text once; an empty text is embedded as a full stop."
     seen = {}
@@ -123,7 +123,7 @@ def remembered(embed):
         return np.stack([seen[text or "."] for text in texts])
     return features
 
-# %% ../nbs/11_textmetrics.ipynb #c34
+# %% ../nbs/11_textmetrics.ipynb #c35
 def against_floor(value, low, high):
     "Where a value of MAUVE lies: inside, above or below the floor's interval (low, high)."
     return "below" if value < low else "above" if value > high else "inside"
@@ -145,7 +145,7 @@ def text_metrics(texts, references, others, embed, tokenizer):
     for name in ("mauve", "mauve_unpaired"): found[f"{name}_against_floor"] = against_floor(found[name], found["mauve_floor_low"], found["mauve_floor_high"])
     return dict(n=len(texts), distinct1=distinct_n(texts, 1), distinct2=distinct_n(texts, 2), repetition=repetition_rate(texts), words=mean_length(texts), **found)
 
-# %% ../nbs/11_textmetrics.ipynb #c39
+# %% ../nbs/11_textmetrics.ipynb #c40
 SAMPLE_FIELDS = ("story", "prompt", "draft", "reference", "output")
 
 
@@ -160,7 +160,7 @@ def samples(prompts, drafts, references, outputs):
     "The rows of `write_samples` from four lists of strings, stories numbered from 0."
     return [dict(zip(SAMPLE_FIELDS, row)) for row in zip(range(len(outputs)), prompts, drafts, references, outputs, strict=True)]
 
-# %% ../nbs/11_textmetrics.ipynb #c43
+# %% ../nbs/11_textmetrics.ipynb #c44
 def latency(call, repeats=5, warmup=1, limit=30.):
     "Median `seconds` of `call()`, the number of timed `repeats` behind it, and whether they were `warm`; no call starts after `limit` seconds."
     def clock():

@@ -26,7 +26,7 @@ from .core import StudyError, autocast, generator, sweep, write_text, writing
 # %% ../nbs/04_training.ipynb #c05
 @dataclass(frozen=True)
 class Training:
-    "One training run; the fields stand in a preset and in every row."
+    "One training run; the fields stand in a preset and in the config.json of the model."
     steps: int                   # optimiser steps
     batch: int = 32              # stories a step
     lr: float = 1e-3             # peak learning rate: warm-up over 5 % of the steps, then cosine to a tenth
@@ -42,7 +42,7 @@ def rate_at(step, steps, lr):
     warm = max(1, steps // 20)
     return lr * min((step + 1) / warm, .55 + .45 * math.cos(math.pi * step / steps))
 
-
+# %% ../nbs/04_training.ipynb #c06
 def rows_at(step, count, training):
     "Row numbers of a step's stories: a fresh permutation each epoch."
     size = min(training.batch, count)
@@ -50,7 +50,7 @@ def rows_at(step, count, training):
     order = torch.randperm(count, generator=generator(training.seed, "order", epoch))
     return order[place * size:(place + 1) * size]
 
-# %% ../nbs/04_training.ipynb #c09
+# %% ../nbs/04_training.ipynb #c10
 def model_digest(folder, config):
     "SHA-256 over the weights file of a model and its settings."
     settings = json.dumps({k: v for k, v in config.items() if k != "sha256"}, sort_keys=True)
@@ -66,11 +66,11 @@ def save_model(folder, net, config):
     config = json.loads(json.dumps(config))
     write_text(folder / "config.json", json.dumps({**config, "sha256": model_digest(folder, config)}, indent=1) + "\n")
 
-
+# %% ../nbs/04_training.ipynb #c11
 def read_model(folder, **expected):
     "Config and weights of a saved model; raises StudyError if absent, damaged or not as `expected`."
     folder = Path(folder)
-    remedy = f"train it with: latentrefine reproduce {folder.name} (and the --preset and --out of this study)"
+    remedy = f"train it with: latentrefine reproduce {folder.name}, or all models with: latentrefine reproduce (with the --preset and --out of this study)"
     if not (folder / "config.json").exists(): raise StudyError(f"model {folder.name}: not found in {folder.parent}; {remedy}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def read_model(folder, **expected):
             raise StudyError(f"model {folder}: its {field} is {config.get(field)!r}, {value!r} is needed; delete the folder, then {remedy}")
     return config, load_file(folder / "model.safetensors")
 
-# %% ../nbs/04_training.ipynb #c13
+# %% ../nbs/04_training.ipynb #c15
 def tensors_digest(tensors):
     "SHA-256 over named tensors."
     digest = hashlib.sha256()
@@ -100,7 +100,7 @@ def save_state(path, net, optimizer, step, curve, key):
     note = json.dumps(dict(step=step, key=key, curve=curve, digest=tensors_digest(tensors)))
     with writing(path) as scratch: save_file(tensors, scratch, metadata={"note": note})
 
-
+# %% ../nbs/04_training.ipynb #c16
 def read_state(path):
     "Note and tensors of a state file, or None if it is absent or damaged."
     try:
@@ -121,7 +121,7 @@ def load_state(path, net, optimizer, key):
         optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
     return note["step"], note["curve"]
 
-# %% ../nbs/04_training.ipynb #c15
+# %% ../nbs/04_training.ipynb #c18
 def fit(net, loss_at, training, folder, label):
     "Train `net` on `loss_at(step) -> (loss, {name: float})`; returns the curve, a list of one dict a step. Resumes from `folder`."
     state = Path(folder) / "state.safetensors"
@@ -145,7 +145,7 @@ def fit(net, loss_at, training, folder, label):
     net.eval()
     return curve
 
-
+# %% ../nbs/04_training.ipynb #c19
 def finish(folder, net, config, training, curve):
     "Save a trained network with its settings and its curve, drop the resumable state, and return the network frozen."
     write_text(Path(folder) / "curve.csv", pd.DataFrame(curve).to_csv(index=False))

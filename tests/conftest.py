@@ -32,8 +32,9 @@ def tiny_bert(tmp_path_factory):
 TINY = dict(stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus", widths=[32, 16], dropouts=[0., .05],
             shared_prior=True, flow_steps=2, seeds=1, samples=12, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
             training={stage: dict(steps=3, lr=5e-3, batch=4, slots=64)
-                      for stage in ("encoder", "autoencoder", "prior", "flow", "residual", "head", "gaussian", "gpt2")},
-            sizes=dict(encoder=dict(width=32, layers=2, heads=2, inner=64), timing_gpt2=dict(width=32, layers=1, heads=2), prior=dict(layers=1, inner=32, heads=4), flow=dict(hidden=32, depth=1, heads=4), metric=dict(inner=16),
+                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "gpt2")},
+            sizes=dict(encoder=dict(width=32, layers=2, heads=2, inner=64), timing_gpt2=dict(width=32, layers=1, heads=2),
+                       prior=dict(layers=1, inner=32, heads=4), flow=dict(hidden=32, depth=1, heads=4), metric=dict(inner=16),
                        residual=dict(layers=1, inner=32, heads=4), head={}, gpt2=dict(width=32, layers=1, heads=2)))
 
 
@@ -66,6 +67,7 @@ def trained(tiny_preset, tmp_path_factory):
                                            Training(steps=120, lr=.01, batch=8, slots=128), study.model(f"autoencoder-{width}"))
         train_prior(corpus, encoder, autoencoder, DraftPriorConfig(width, **study.sizes("prior")), (0., .03, MAIN_RATE), few, study.model(f"prior-{width}-shared"))
     start = open_system(study, "DraftPrior")
+    train_prior(corpus, encoder, start.autoencoder, start.prior.config, (MAIN_RATE,), few, study.model(f"prior-{d}-p5-long"))
     shared, sizes = (corpus, encoder, start.autoencoder), FlowConfig(d, **study.sizes("flow"))
     for kind, metric in (("flow", None), ("metric", MetricConfig(d, **study.sizes("metric")))):
         train_flow(*shared, start.prior, sizes, metric, (MAIN_RATE,), few, study.model(f"{kind}-{place}"))

@@ -123,7 +123,7 @@ def study_sequences(tokenizer, prompts, texts):
     "`packed` of prompts and texts in the study's slots; a text beyond its 32 slots is cut."
     return packed(clean_batch(*to_slots(prompts, texts, tokenizer)[:4]))
 
-
+# %% ../../nbs/baselines/50_gpt2.ipynb #c18
 @torch.no_grad()
 def perplexity(net, sequences, prompts, texts, size=64):
     "Perplexity of texts after their prompts; `sequences(prompts, texts)` gives (ids, mask, is_text), each [batch, length]."
@@ -144,7 +144,7 @@ def judge(name, folder, tokenizer):
         net, tokenizer = read_hub(name)
     return label, lambda prompts, texts: perplexity(net, lambda *pairs: sequences(tokenizer, *pairs), prompts, texts)
 
-# %% ../../nbs/baselines/50_gpt2.ipynb #c24
+# %% ../../nbs/baselines/50_gpt2.ipynb #c25
 def timing_partner(size, precision):
     "A frozen GPT-2 with random weights over the study's vocabulary, in `precision`."
     torch.manual_seed(0)
