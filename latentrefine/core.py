@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -45,12 +45,18 @@ class Batch:
     draft_mask: Tensor   # [batch, 32]
     target_ids: Tensor   # [batch, 32]
     target_mask: Tensor  # [batch, 32]
+    length: Tensor | None = None     # [batch], the targets' lengths, where a system is told them
 
     def __len__(self): return len(self.prompt_ids)
 
     def map(self, change):
         "A batch with `change` applied to each tensor."
-        return Batch(*(change(getattr(self, f.name)) for f in fields(self)))
+        values = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(value if value is None else change(value) for value in values))
+
+    def told(self):
+        "The batch with the lengths of its targets given away: more than a draft says."
+        return replace(self, length=self.target_mask.sum(1))
 
     def rows(self, index): return self.map(lambda t: t[index])
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DCLR', 'DCLRConfig', 'fit_autoencoder', 'fit_dclr', 'save_autoencoder', 'save_dclr', 'read_parts', 'load_dclr',
-           'oracle', 'GaussianStart', 'refine_text']
+           'oracle', 'GaussianStart', 'put_in', 'refine_text']
 
 # %% ../nbs/30_refiner.ipynb #c02
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rapidfuzz.distance import Levenshtein
 
 from .autoencoder import AutoencoderConfig, load_autoencoder, prompt_latents, target_latents, train_autoencoder, vocabulary_of
 from .core import PROMPT_SLOTS, TARGET_SLOTS, RefineOutput, StudyError, autocast, device, story_noise, write_text
@@ -198,8 +199,16 @@ class GaussianStart:
         return replace(self, autoencoder=load_autoencoder(folder / "autoencoder", self.encoder), flow=load_flow(folder / "flow")[0], name=name)
 
 # %% ../nbs/30_refiner.ipynb #c15
+def put_in(draft, tokens):
+    "Which of `tokens` are not the draft's, as a list of bool: those that the fewest edits from one list of ids to the other put in or exchange."
+    new = [False] * len(tokens)
+    for edit in Levenshtein.opcodes(draft, tokens):
+        if edit.tag != "equal": new[edit.dest_start:edit.dest_end] = [True] * (edit.dest_end - edit.dest_start)
+    return new
+
+
 def refine_text(system, prompt, draft, steps=4, seed=1337):
-    "(text, [(word piece, probability)]) for a prompt and a draft given as text; the text ends at the end marker."
+    "(text, [(word piece, probability, it is not the draft's)]) for a prompt and a draft given as text; the text ends at the end marker."
     if not draft.strip(): raise StudyError("draft: it is empty; give the text to refine")
     if not prompt.strip(): raise StudyError("prompt: it is empty; give the sentences before the draft")
     *slots, truncated = to_slots([prompt], [draft], system.encoder.tokenizer)
@@ -211,4 +220,5 @@ def refine_text(system, prompt, draft, steps=4, seed=1337):
     pieces = system.encoder.tokenizer.convert_ids_to_tokens(ids.tolist())
     text = from_slots(ids[None], system.encoder.tokenizer)[0]
     length = pieces.index("[SEP]") + 1 if "[SEP]" in pieces else len(pieces)
-    return text, list(zip(pieces, probability.tolist()))[:length]
+    _, _, draft_ids, draft_mask = slots
+    return text, list(zip(pieces[:length], probability.tolist(), put_in(draft_ids[draft_mask].tolist(), ids.tolist()[:length])))

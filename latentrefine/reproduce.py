@@ -33,7 +33,7 @@ from .notebooks import EXPERIMENTS, die_with_parent, lock
 from .refiner import oracle, refine_text
 from .report import PUBLISHED
 from .stories import read_stories, slot_stories
-from .study import EVALUATION_SEED, FIGURE_RATE, IN_DOMAIN, MAIN_RATE, SOURCES, SYSTEMS, Study, measure, open_system, percent, prior_name, prior_rates, row_of
+from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, IN_DOMAIN, MAIN_RATE, SOURCES, SYSTEMS, Study, aligner_name, measure, open_system, percent, prior_name, prior_rates, row_of
 
 # %% ../nbs/62_reproduce.ipynb #c05
 COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")
@@ -79,6 +79,9 @@ def stage_nodes(study):
     for kind in ("flow", "metric"): nodes += stage(f"head-{kind}-{place}", "head", [f"{kind}-{place}"], "head", ("head", "flow"), with_metric=kind == "metric")
     nodes += stage(f"residual-{place}", "residual", [prior_name(study, full, MAIN_RATE)], "residual", ("residual",))
     nodes += stage(f"gaussian-{full}", "gaussian_flow", [f"autoencoder-{full}"], "gaussian", ("flow",))
+    def aligners(*variant, **parameters): return stage(aligner_name(full, *variant), "aligner", [f"autoencoder-{full}-mixed"], "aligner", ("aligner",), dropouts=prior_rates(study), **parameters)
+    nodes += aligners() + [aligners(part, part=part)[0] for part in ALIGNER_PARTS] + aligners(ALIGNER_PARTS[-1], True, part=ALIGNER_PARTS[-1], joint=True)[:1]
+    nodes += stage(f"parallel-{full}", "parallel", [f"autoencoder-{full}"], "parallel", dropouts=prior_rates(study))
     return nodes + (stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",)) if p["gpt2"] == "trained" else [])
 
 # %% ../nbs/62_reproduce.ipynb #c07
@@ -113,6 +116,7 @@ def nodes(study):
         experiment("gpt2_comparison", (*of("gpt2"), *full_system), "samples", "gpt2"),
         experiment("misalignment", (*full_system, *long), "flow_steps"),
         experiment("basin", full_system, "flow_steps"),
+        experiment("realign", (*full_system, *(node.name for node in stages if node.notebook in ("stage_aligner", "stage_parallel"))), "flow_steps", "timing_batches"),
         experiment("claims", ("table3", "table4", "gaussian_start", "basin", *sweep, *refiners), "flow_steps", "claim_widths")]
     first = first_nodes(study)
     report = Node("report", "report", ("stories", *(n.name for n in tables)))
@@ -246,12 +250,13 @@ def evaluate(study, source, dropout, system_name, limit=None):
     batch = clean_batch(*slots)
     drafts = with_drafts(batch, dropout, generator(EVALUATION_SEED, "draft", "evaluation", "file", dropout))
     steps = study.preset["flow_steps"]
-    readers = {"oracle": lambda part: oracle(study.encoder, system.autoencoder, part),
+    readers = {"oracle": lambda part: oracle(system.encoder, system.autoencoder, part),
                "no-op": lambda part: nothing.slot_logits(part, 0, study.seed),
                system_name: lambda part: system.slot_logits(part, steps, study.seed)}
     label = source if source in SOURCES else Path(source).name
     facts = dict(evaluated=label, trained_dropout=rate, left_out=len(given) - len(stories), targets_truncated=cut.float().mean().item())
-    rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts)[0], split="file"), **facts} for name, read in readers.items()]
+    layers = {name: study.layers if name == "no-op" else system.encoder.layers for name in readers}
+    rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts)[0], split="file"), **facts, "layers": layers[name]} for name, read in readers.items()]
     target = study.out / "evaluations" / f"{label}-{system_name.replace(' ', '_')}-{percent(dropout)}.json"
     save_rows(target, rows, provenance("evaluate", study.preset_name, time.monotonic() - study.started))
     return rows, target
@@ -279,12 +284,12 @@ def parser():
     one.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks share this many cores")
     two = command("refine", "Refine a draft: text in, refined text and the probability of each token out.")
     two.add_argument("--prompt", required=True, default=argparse.SUPPRESS, help="the sentences before the draft, up to 30 word pieces")
-    two.add_argument("--draft", required=True, default=argparse.SUPPRESS, help="the text to refine, up to 31 word pieces")
+    two.add_argument("--draft", required=True, default=argparse.SUPPRESS, help="the text to refine, up to 31 word pieces; [MASK] where you know that one is missing")
     three = command("evaluate", "Score a trained system on any stories: CE, target probability, top-1, beside oracle and no-op. "
                     "--stories names the stories to score; the system is the one that the preset's last run trained.")
     three.add_argument("--dropout", type=float, default=MAIN_RATE, help="share of target tokens dropped to make the drafts")
     three.add_argument("--limit", type=int, default=None, help="score at most this many stories; else all")
-    for sub in (two, three): sub.add_argument("--system", default="full", choices=SYSTEMS, help="which system, in quotes where the name has a space; the README explains them")
+    for sub in (two, three): sub.add_argument("--system", default="re-aligned", choices=SYSTEMS, help="which system, in quotes where the name has a space; the README explains them")
     four = command("tables", "Print the tables of a preset.")
     four.add_argument("names", nargs="*", metavar="TABLE", help="tables such as table2; none: all")
     return main
@@ -320,7 +325,8 @@ def run_command(given):
         print(f"{what} up to date, nothing to do" if seconds is None else f"{what} regenerated in {seconds / 60:.1f} min; open {study.out / 'report.html'}")
     if given.command == "refine":
         text, pieces = refine_text(open_system(study, given.system), given.prompt, given.draft, study.preset["flow_steps"], given.seed)
-        print(text + "\n\n" + "\n".join(f"{probability:6.3f}  {piece}" for piece, probability in pieces))
+        print(text + "\n\n" + "\n".join(f"{probability:6.3f} {'+' if new else ' '} {piece}" for piece, probability, new in pieces))
+        print("\n+ is not the draft's: put in or exchanged" if any(new for *_, new in pieces) else "\nnothing was put in")
     if given.command == "evaluate":
         rows, target = evaluate(study, stories or study.source, given.dropout, given.system, given.limit)
         columns = ["system", "n", "ce", "target_probability", "target_probability_low", "target_probability_high", "top1", "aligned_probability", "aligned_top1"]

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES',
-           'EVALUATION_SEED', 'SYSTEMS', 'NOT_SIZES', 'check_keys', 'settable', 'check_section', 'whole',
-           'attention_sizes', 'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'Study', 'prior_rates',
-           'prior_name', 'open_system', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
+           'EVALUATION_SEED', 'REPORTED', 'REALIGNED', 'SYSTEMS', 'ALIGNER_PARTS', 'NOT_SIZES', 'check_keys',
+           'settable', 'check_section', 'whole', 'attention_sizes', 'demands', 'check_values', 'read_yaml',
+           'load_preset', 'percent', 'Study', 'prior_rates', 'prior_name', 'open_system', 'aligner_name',
+           'open_realigned', 'open_parallel', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
            'measure_system', 'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
@@ -21,17 +22,20 @@ from pathlib import Path
 import torch
 import yaml
 
+from .aligner import AlignerConfig, load_aligner
 from .autoencoder import load_autoencoder, vocabulary_of
 from .baselines.gpt2 import GPT2Size
-from .core import ROOT, StudyError, commit, device, generator, provenance, save_rows
+from .baselines.parallel import Parallel, load_parallel
+from .core import ROOT, VOCAB, StudyError, commit, device, generator, provenance, save_rows
 from .draft_prior import DraftPriorConfig, load_prior
 from .drafts import clean_batch, with_drafts
-from .encoder import Corpus, clean_hidden, data_digest, load_encoder, read_encoder
+from .encoder import LAYERS, Corpus, clean_hidden, data_digest, load_encoder, read_encoder
 from .flow import FlowConfig, load_flow
 from .metric import MetricConfig
 from .pretrain import EncoderSize
 from .readout import ReadoutConfig, load_head
 from .recoverability import Recoverability, latent_geometry
+from .realigned import Realigned
 from .refiner import DCLR, GaussianStart, oracle
 from .residual import ResidualConfig, load_residual
 from .stories import read_stories, slot_stories, split_stories
@@ -39,9 +43,9 @@ from .training import Training
 
 # %% ../nbs/60_study.ipynb #c05
 PRESETS = ROOT / "nbs" / "presets"
-SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "gpt2"),
-            "sizes": ("encoder", "prior", "flow", "metric", "residual", "head", "gpt2", "timing_gpt2")}
-CONFIGS = dict(encoder=EncoderSize, prior=DraftPriorConfig, flow=FlowConfig, metric=MetricConfig, residual=ResidualConfig, head=ReadoutConfig,
+SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "parallel", "gpt2"),
+            "sizes": ("encoder", "prior", "flow", "metric", "residual", "head", "aligner", "gpt2", "timing_gpt2")}
+CONFIGS = dict(encoder=EncoderSize, prior=DraftPriorConfig, flow=FlowConfig, metric=MetricConfig, residual=ResidualConfig, head=ReadoutConfig, aligner=AlignerConfig,
                gpt2=GPT2Size, timing_gpt2=GPT2Size)
 SHARES = ("noise", "share", "eta")     # fields between 0 and 1
 LEAST = dict(limit=10, test=1, samples=2, flow_steps=0, seeds=1)
@@ -212,8 +216,13 @@ class Study:
 
     def drafts(self, dropout, split="test", count=None, kind="drop"):
         "A split with its evaluation drafts at a rate, of a kind of `with_drafts`; the first `count` stories."
-        batch = with_drafts(self.batches[split], dropout, generator(EVALUATION_SEED, "draft", "evaluation", split, dropout), kind)
+        batch = with_drafts(self.batches[split], dropout, generator(EVALUATION_SEED, "draft", "evaluation", split, dropout), kind, self.continues)
         return batch.rows(slice(0, count))
+
+    @cached_property
+    def continues(self):
+        "Word pieces that continue a word, bool [vocab]."
+        return torch.tensor([piece.startswith("##") for piece in self.tokenizer.convert_ids_to_tokens(range(VOCAB))])
 
     def training(self, stage):
         "The preset's `Training` of a stage."
@@ -228,7 +237,9 @@ class Study:
         return self.out / "models" / f"{name}-s{self.seed}"
 
 # %% ../nbs/60_study.ipynb #c17
-SYSTEMS = ("no-op", "DraftPrior", "long DraftPrior", "local flow", "metric + OT", "bounded residual", "fused readout", "full")
+REPORTED = ("no-op", "DraftPrior", "long DraftPrior", "local flow", "metric + OT", "bounded residual", "fused readout", "full")
+REALIGNED = {"re-aligned": "re-encoded", "re-aligned, hard": "hard", "re-aligned, soft": "soft", "re-aligned, tokens": "tokens", "insertion tagger": "tagger"}    # name -> way
+SYSTEMS = (*REPORTED, *REALIGNED, "parallel transformer")
 
 
 def prior_rates(study):
@@ -246,6 +257,8 @@ def open_system(study, name, width=None, dropout=MAIN_RATE):
     "The system called `name`, one of SYSTEMS, assembled from the study's models; a missing model is named."
     if name not in SYSTEMS: raise StudyError(f"system {name}: not known; choose from {', '.join(SYSTEMS)}")
     width = width or study.full
+    if name in REALIGNED: return open_realigned(study, name)
+    if name == "parallel transformer": return open_parallel(study)
     place = f"{width}-{percent(dropout)}"
     system = DCLR(study.encoder, load_autoencoder(study.model(f"autoencoder-{width}"), study.encoder, width=width), name=name)
     if name == "no-op": return system
@@ -260,6 +273,27 @@ def open_system(study, name, width=None, dropout=MAIN_RATE):
     return replace(system, head=head, share=share)
 
 # %% ../nbs/60_study.ipynb #c19
+ALIGNER_PARTS = (16, 4)      # at the first seed the aligner is also trained for a sixteenth and a fourth of its steps: a curve over data
+
+
+def aligner_name(width, part=1, joint=False):
+    "Name of the aligner trained for one `part`-th of its steps, and jointly with the decoder's reading."
+    return f"aligner-{width}" + f"-1of{part}" * (part > 1) + "-joint" * joint
+
+
+def open_realigned(study, name, *variant):
+    "The re-aligning system called `name`, one of REALIGNED, at full width; its latents are read from two layers."
+    encoder = study.encoder.reading(LAYERS[1])
+    autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}-mixed"), encoder, width=study.full)
+    return Realigned(encoder, autoencoder, load_aligner(study.model(aligner_name(study.full, *variant)), encoder, width=study.full), REALIGNED[name], name=name)
+
+
+def open_parallel(study):
+    "The parallel transformer."
+    autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}"), study.encoder, width=study.full)
+    return Parallel(study.encoder, autoencoder, load_parallel(study.model(f"parallel-{study.full}"), study.encoder, autoencoder))
+
+
 def open_gaussian(study):
     "The Gaussian-start system at full width."
     autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}"), study.encoder, width=study.full)
@@ -303,11 +337,13 @@ def row_of(study, system, width, dropout, steps, result, split="test"):
     return {**facts, **describe_run(study), **result}
 
 # %% ../nbs/60_study.ipynb #c23
-def measure_system(study, system, dropout, steps, count=None):
-    "(row, scores) of an open system on the test split at a rate."
-    batch, states = study.drafts(dropout, count=count), study.corpus("test").states
-    result, scores = measure(lambda part: system.slot_logits(part, steps, study.seed), batch, states[:len(batch)], system.autoencoder.project)
-    return row_of(study, system.name, system.autoencoder.config.width, dropout, steps if system.moves else 0, result), scores
+def measure_system(study, system, dropout, steps, count=None, kind="drop", told=False):
+    "(row, scores) of an open system on the test split, damaged in the way `kind` at a rate; `told`: with the targets' lengths."
+    batch, layers = study.drafts(dropout, count=count, kind=kind), system.encoder.layers
+    states = study.reading(layers).corpus("test").states
+    result, scores = measure(lambda part: system.slot_logits(part, steps, study.seed), batch.told() if told else batch, states[:len(batch)], system.autoencoder.project)
+    facts = {**result, "layers": layers, **({"length": "known"} if told else {})}
+    return row_of(study, system.name, system.autoencoder.config.width, dropout, steps if system.moves else 0, facts), scores
 
 
 def measure_oracle(study, autoencoder, dropout=0.):

@@ -32,10 +32,10 @@ def tiny_bert(tmp_path_factory):
 TINY = dict(stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus", widths=[32, 16], dropouts=[0., .05],
             shared_prior=True, flow_steps=2, seeds=1, samples=12, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
             training={stage: dict(steps=3, lr=5e-3, batch=4, slots=64)
-                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "gpt2")},
+                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "parallel", "gpt2")},
             sizes=dict(encoder=dict(width=32, layers=2, heads=2, inner=64), timing_gpt2=dict(width=32, layers=1, heads=2),
                        prior=dict(layers=1, inner=32, heads=4), flow=dict(hidden=32, depth=1, heads=4), metric=dict(inner=16),
-                       residual=dict(layers=1, inner=32, heads=4), head={}, gpt2=dict(width=32, layers=1, heads=2)))
+                       residual=dict(layers=1, inner=32, heads=4), head={}, aligner={}, gpt2=dict(width=32, layers=1, heads=2)))
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,10 @@ def tiny_preset(tmp_path_factory, tiny_bert):
 def trained(tiny_preset, tmp_path_factory):
     "A study of the tiny preset with every part of every system trained for a few steps, in this process."
     from latentrefine.autoencoder import AutoencoderConfig, train_autoencoder
+    from latentrefine.aligner import AlignerConfig, train_aligner
+    from latentrefine.baselines.parallel import train_parallel
     from latentrefine.draft_prior import DraftPriorConfig, train_prior
+    from latentrefine.encoder import LAYERS
     from latentrefine.flow import FlowConfig, train_flow, train_gaussian_flow
     from latentrefine.metric import MetricConfig
     from latentrefine.readout import ReadoutConfig, train_head
@@ -75,4 +78,8 @@ def trained(tiny_preset, tmp_path_factory):
         train_head(corpus, start.autoencoder, lambda part: refined.latents(part, 2)[1], ReadoutConfig(d), (MAIN_RATE,), few, study.model(f"head-{kind}-{place}"))
     train_residual(*shared, start.prior, ResidualConfig(d, **study.sizes("residual")), (MAIN_RATE,), few, study.model(f"residual-{place}"))
     train_gaussian_flow(*shared, sizes, few, study.model(f"gaussian-{d}"))
+    two = study.reading(LAYERS[1])
+    mixed, _ = train_autoencoder(two.corpus(), two.encoder, AutoencoderConfig(d, d), study.kept, Training(steps=120, lr=.01, batch=8, slots=128), study.model(f"autoencoder-{d}-mixed"))
+    train_aligner(corpus, two.encoder, mixed, AlignerConfig(d, **study.sizes("aligner")), (0., MAIN_RATE), few, study.model(f"aligner-{d}"))
+    train_parallel(corpus, encoder, start.autoencoder, (0., MAIN_RATE), few, study.model(f"parallel-{d}"))
     return study

@@ -29,11 +29,11 @@ from latentrefine.notebooks import EXPERIMENTS, lock, run_notebook
 from latentrefine.report import beside_published
 from latentrefine.command import main
 from latentrefine.reproduce import engine, nodes
-from latentrefine.study import SYSTEMS, Study, load_preset
+from latentrefine.study import REPORTED, SYSTEMS, Study, load_preset
 from latentrefine.training import Training, read_model, read_state, save_model
 
 PROVENANCE = ("notebook", "preset", "seconds", "commit", "versions", "hardware")
-EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "claims")
+EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "claims")
 
 
 def call(*words):
@@ -110,7 +110,7 @@ def test_rows_carry_their_origin(whole):
             for field, value in row.items():
                 if value is not None and ("probability" in field or field.startswith("top1")): assert 0 <= value <= 1, (name, field, value)
     rows = load_rows(out / "tables" / "table3.json")
-    assert [row["system"] for row in rows] == 2 * [*(name for name in SYSTEMS if name != "long DraftPrior"), "oracle"]
+    assert [row["system"] for row in rows] == 2 * [*(name for name in REPORTED if name != "long DraftPrior"), "oracle"]
     assert len({row["n"] for row in rows}) == 1                     # one ruler: the same slots for all
     three, two = (next(r for r in load_rows(out / "tables" / f"{t}.json") if r["system"] == "DraftPrior" and r["dropout"] == .05 and r["width"] == 32)
                   for t in ("table3", "table2"))
@@ -158,7 +158,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(whole, tmp_path):
     training = {**TINY["training"], "head": {**TINY["training"]["head"], "lr": 1e-3}}
     changed = write_preset(tmp_path / "tiny.yaml", preset, training=training)
     heads = {f"head_{kind}_32_p5_s{seed}" for kind in ("flow", "metric") for seed in (1337, 1338)}
-    assert due(out, changed) == {*heads, "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "claims", "report"}
+    assert due(out, changed) == {*heads, "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "claims", "report"}
 
 
 def test_another_seed_trains_only_its_own_models(whole):
@@ -302,7 +302,7 @@ def test_evaluate(trained, tiny_preset, tmp_path):
     assert code == 0 and "2 training stories" in said, err
     written, = (trained.out / "evaluations").glob("mine*.json")
     rows = load_rows(written)
-    assert [row["system"] for row in rows] == ["oracle", "no-op", "full"] and all(row["evaluated"] == "mine.jsonl" and row["split"] == "file" for row in rows)
+    assert [row["system"] for row in rows] == ["oracle", "no-op", "re-aligned"] and all(row["evaluated"] == "mine.jsonl" and row["split"] == "file" for row in rows)
     assert not [f for row in rows for f in (*ROW_FIELDS, *PROVENANCE) if f not in row] and str(tmp_path) not in written.read_text()
 
 
