@@ -19,7 +19,7 @@ study: $(STAMP)  ## install on the first call, then make every table and figure 
 	@$(BIN)/latentrefine reproduce --preset $(PRESET) --cores $(CORES) $(if $(STORIES),--stories "$(STORIES)")
 
 test: $(STAMP)  ## install on the first call, then run the tests
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lab: $(STAMP)  ## install on the first call, then open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb

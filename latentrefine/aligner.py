@@ -122,7 +122,7 @@ def train_aligner(corpus, encoder, autoencoder, config, dropouts, training, fold
     curve = fit(net, loss_at, training, folder, f"aligner at {', '.join(f'{p:.0%}' for p in dropouts)}")
     return finish(folder, net, {**asdict(config), "encoder_digest": encoder.digest, "dropouts": list(dropouts)}, training, curve), curve
 
-
+# %% ../nbs/27_aligner.ipynb #c15
 def load_aligner(folder, encoder, **expected):
     "The aligner saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest, **expected)

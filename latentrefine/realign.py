@@ -82,7 +82,7 @@ class Alignment:
     @property
     def within(self): return self.reads.sum(2) + self.missing    # [batch, slots]: target slot j lies before the target's end
 
-
+# %% ../nbs/26_realign.ipynb #c16
 def by_slot(counts, shift):
     "counts [batch, places, counts] as [batch, slots, places]: for every target slot and place the value at the count `shift` [slots, places]."
     place = torch.arange(shift.shape[1], device=shift.device)
@@ -99,13 +99,13 @@ def align(gaps, mask, ended, length):
     fills = torch.stack([by_slot(longer[..., r], shift - r) for r in range(most)], -1)
     return Alignment(by_slot(after, shift)[..., :slots] * mask[:, None], fills)
 
-# %% ../nbs/26_realign.ipynb #c19
+# %% ../nbs/26_realign.ipynb #c20
 def realign(alignment, z_d, fill):
     "Latents [batch, slots, width] at their target slots, from draft latents `z_d` of that shape and `fill` [batch, places, most, width]."
     gaps = alignment.fills.to(fill.dtype).flatten(2) @ fill.flatten(1, 2)
     return alignment.reads.to(z_d.dtype) @ z_d + gaps
 
-# %% ../nbs/26_realign.ipynb #c23
+# %% ../nbs/26_realign.ipynb #c24
 @torch.no_grad()
 def best_gaps(alignment, mask, ended, length):
     """Gaps [batch, slots + 1] of the monotone path through `alignment.reads` with the most expected hits.
@@ -138,7 +138,7 @@ def certain(gaps, mask, most=3):
     inside = (rank >= 0) & (rank < gaps[:, None])
     return Alignment(reads.float(), (F.one_hot(rank.clamp(0, most - 1), most) * inside[..., None]).float())
 
-# %% ../nbs/26_realign.ipynb #c27
+# %% ../nbs/26_realign.ipynb #c28
 def spread(ids, mask, gaps):
     "(ids, mask) of drafts [batch, slots] with every token moved to its slot and [MASK] in the gaps [batch, slots + 1]; what no longer fits is lost."
     slots = torch.arange(mask.shape[1], device=mask.device)

@@ -30,10 +30,10 @@ from .core import ROOT, StudyError, generator, provenance, save_rows, write_text
 from .drafts import clean_batch, with_drafts
 from .encoder import LAYERS, Remembering
 from .notebooks import EXPERIMENTS, die_with_parent, lock
-from .refiner import oracle, refine_text
+from .refiner import EXCHANGED, PUT_IN, oracle, refine_text
 from .report import PUBLISHED
 from .stories import read_stories, slot_stories
-from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, IN_DOMAIN, MAIN_RATE, SOURCES, SYSTEMS, Study, aligner_name, measure, open_system, percent, prior_name, prior_rates, row_of
+from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, GIVEN, IN_DOMAIN, MAIN_RATE, REPORTED, SOURCES, SYSTEMS, Study, aligner_name, measure, open_system, percent, prior_name, prior_rates, row_of
 
 # %% ../nbs/62_reproduce.ipynb #c05
 COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")
@@ -81,7 +81,7 @@ def stage_nodes(study):
     nodes += stage(f"gaussian-{full}", "gaussian_flow", [f"autoencoder-{full}"], "gaussian", ("flow",))
     def aligners(*variant, **parameters): return stage(aligner_name(full, *variant), "aligner", [f"autoencoder-{full}-mixed"], "aligner", ("aligner",), dropouts=prior_rates(study), **parameters)
     nodes += aligners() + [aligners(part, part=part)[0] for part in ALIGNER_PARTS] + aligners(ALIGNER_PARTS[-1], True, part=ALIGNER_PARTS[-1], joint=True)[:1]
-    nodes += stage(f"parallel-{full}", "parallel", [f"autoencoder-{full}"], "parallel", dropouts=prior_rates(study))
+    nodes += stage(f"parallel-{full}", "parallel", [f"autoencoder-{full}"], "aligner", dropouts=prior_rates(study))
     return nodes + (stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",)) if p["gpt2"] == "trained" else [])
 
 # %% ../nbs/62_reproduce.ipynb #c07
@@ -239,7 +239,8 @@ def evaluate(study, source, dropout, system_name, limit=None):
     "Rows of oracle, no-op and one system on the stories of any source; also written to evaluations/."
     if not 0 <= dropout <= 1: raise StudyError(f"dropout {dropout}: a share between 0 and 1 is needed, such as 0.05")
     study.encoder = Remembering(study.encoder)
-    rate = dropout if system_name == "DraftPrior" and dropout in study.preset["dropouts"] else MAIN_RATE    # refiners exist at one rate
+    rate = dropout if system_name == "DraftPrior" and dropout in study.preset["dropouts"] else MAIN_RATE    # the report's refiners exist at one rate
+    trained = rate if system_name in REPORTED else prior_rates(study)
     system, nothing = open_system(study, system_name, dropout=rate), open_system(study, "no-op")
     study.source = trained_on(study)
     known = {story.text for story in study.splits["train"]}
@@ -254,9 +255,9 @@ def evaluate(study, source, dropout, system_name, limit=None):
                "no-op": lambda part: nothing.slot_logits(part, 0, study.seed),
                system_name: lambda part: system.slot_logits(part, steps, study.seed)}
     label = source if source in SOURCES else Path(source).name
-    facts = dict(evaluated=label, trained_dropout=rate, left_out=len(given) - len(stories), targets_truncated=cut.float().mean().item())
+    facts = dict(evaluated=label, trained_dropout=trained, left_out=len(given) - len(stories), targets_truncated=cut.float().mean().item())
     layers = {name: study.layers if name == "no-op" else system.encoder.layers for name in readers}
-    rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts)[0], split="file"), **facts, "layers": layers[name]} for name, read in readers.items()]
+    rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts)[0], split="file"), **facts, "layers": layers[name], "length": GIVEN if name == "oracle" else "unknown"} for name, read in readers.items()]
     target = study.out / "evaluations" / f"{label}-{system_name.replace(' ', '_')}-{percent(dropout)}.json"
     save_rows(target, rows, provenance("evaluate", study.preset_name, time.monotonic() - study.started))
     return rows, target
@@ -284,7 +285,7 @@ def parser():
     one.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks share this many cores")
     two = command("refine", "Refine a draft: text in, refined text and the probability of each token out.")
     two.add_argument("--prompt", required=True, default=argparse.SUPPRESS, help="the sentences before the draft, up to 30 word pieces")
-    two.add_argument("--draft", required=True, default=argparse.SUPPRESS, help="the text to refine, up to 31 word pieces; [MASK] where you know that one is missing")
+    two.add_argument("--draft", required=True, default=argparse.SUPPRESS, help="the text to refine, up to 31 word pieces; [MASK] where you know that one is missing, which the re-aligned systems take at its word")
     three = command("evaluate", "Score a trained system on any stories: CE, target probability, top-1, beside oracle and no-op. "
                     "--stories names the stories to score; the system is the one that the preset's last run trained.")
     three.add_argument("--dropout", type=float, default=MAIN_RATE, help="share of target tokens dropped to make the drafts")
@@ -324,12 +325,12 @@ def run_command(given):
         what = f"{study.out}: {', '.join(given.targets) or 'every table and figure'}"
         print(f"{what} up to date, nothing to do" if seconds is None else f"{what} regenerated in {seconds / 60:.1f} min; open {study.out / 'report.html'}")
     if given.command == "refine":
-        text, pieces = refine_text(open_system(study, given.system), given.prompt, given.draft, study.preset["flow_steps"], given.seed)
-        print(text + "\n\n" + "\n".join(f"{probability:6.3f} {'+' if new else ' '} {piece}" for piece, probability, new in pieces))
-        print("\n+ is not the draft's: put in or exchanged" if any(new for *_, new in pieces) else "\nnothing was put in")
+        text, pieces, lost = refine_text(open_system(study, given.system), given.prompt, given.draft, study.preset["flow_steps"], given.seed)
+        print(text + "\n\n" + "\n".join(f"{probability:6.3f} {mark} {piece}" for piece, probability, mark in pieces))
+        print(f"\n{PUT_IN} put in, {EXCHANGED} exchanged; lost from the draft: {' '.join(lost) or 'nothing'}")
     if given.command == "evaluate":
         rows, target = evaluate(study, stories or study.source, given.dropout, given.system, given.limit)
-        columns = ["system", "n", "ce", "target_probability", "target_probability_low", "target_probability_high", "top1", "aligned_probability", "aligned_top1"]
+        columns = ["system", "length", "n", "ce", "target_probability", "target_probability_low", "target_probability_high", "top1", "aligned_probability", "aligned_top1"]
         print(pd.DataFrame(rows)[columns].to_markdown(index=False, floatfmt=".3f"))
         print(f"\n{rows[0]['left_out']} training stories left out; {rows[0]['targets_truncated']:.1%} of targets do not fit in 32 slots and are cut\nwritten: {target}")
     if given.command == "tables": print_tables(study, given.names)

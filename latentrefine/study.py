@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES',
-           'EVALUATION_SEED', 'REPORTED', 'REALIGNED', 'SYSTEMS', 'ALIGNER_PARTS', 'NOT_SIZES', 'check_keys',
-           'settable', 'check_section', 'whole', 'attention_sizes', 'demands', 'check_values', 'read_yaml',
-           'load_preset', 'percent', 'Study', 'prior_rates', 'prior_name', 'open_system', 'aligner_name',
+           'EVALUATION_SEED', 'REPORTED', 'REALIGNED', 'SYSTEMS', 'ALIGNER_PARTS', 'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH',
+           'check_keys', 'settable', 'check_section', 'whole', 'attention_sizes', 'demands', 'check_values',
+           'read_yaml', 'load_preset', 'percent', 'Study', 'prior_rates', 'prior_name', 'open_system', 'aligner_name',
            'open_realigned', 'open_parallel', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
            'measure_system', 'measure_oracle', 'save_results']
 
@@ -26,7 +26,7 @@ from .aligner import AlignerConfig, load_aligner
 from .autoencoder import load_autoencoder, vocabulary_of
 from .baselines.gpt2 import GPT2Size
 from .baselines.parallel import Parallel, load_parallel
-from .core import ROOT, VOCAB, StudyError, commit, device, generator, provenance, save_rows
+from .core import ROOT, TARGET_SLOTS, VOCAB, StudyError, commit, device, generator, provenance, save_rows
 from .draft_prior import DraftPriorConfig, load_prior
 from .drafts import clean_batch, with_drafts
 from .encoder import LAYERS, Corpus, clean_hidden, data_digest, load_encoder, read_encoder
@@ -43,7 +43,7 @@ from .training import Training
 
 # %% ../nbs/60_study.ipynb #c05
 PRESETS = ROOT / "nbs" / "presets"
-SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "parallel", "gpt2"),
+SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "gpt2"),
             "sizes": ("encoder", "prior", "flow", "metric", "residual", "head", "aligner", "gpt2", "timing_gpt2")}
 CONFIGS = dict(encoder=EncoderSize, prior=DraftPriorConfig, flow=FlowConfig, metric=MetricConfig, residual=ResidualConfig, head=ReadoutConfig, aligner=AlignerConfig,
                gpt2=GPT2Size, timing_gpt2=GPT2Size)
@@ -106,7 +106,8 @@ def demands(preset):
         "dropouts": (MAIN_RATE in rates and all(isinstance(p, (int, float)) and 0 <= p < 1 for p in rates) and len({*rates}) == len(rates),
                      f"different shares below 1, {MAIN_RATE} among them"),
         "training": (all("steps" in fields for fields in preset["training"].values()), "steps for every stage"),
-        "sizes": (two and all(width % heads == 0 for width, heads in attention_sizes(preset)), "heads that divide the widths they work on"),
+        "sizes": (two and all(width % heads == 0 for width, heads in attention_sizes(preset)) and preset["sizes"]["aligner"].get("most", 1) <= TARGET_SLOTS,
+                  f"heads that divide the widths they work on, and a longest gap of up to {TARGET_SLOTS}"),
         **{field: (preset[field] >= least, f"at least {least}") for field, least in LEAST.items()}}
 
 
@@ -238,7 +239,8 @@ class Study:
 
 # %% ../nbs/60_study.ipynb #c17
 REPORTED = ("no-op", "DraftPrior", "long DraftPrior", "local flow", "metric + OT", "bounded residual", "fused readout", "full")
-REALIGNED = {"re-aligned": "re-encoded", "re-aligned, hard": "hard", "re-aligned, soft": "soft", "re-aligned, tokens": "tokens", "insertion tagger": "tagger"}    # name -> way
+REALIGNED = {"re-aligned": "re-encoded", "re-aligned, hard": "hard", "re-aligned, soft": "soft", "re-aligned, tokens": "tokens",
+             "re-aligned, hard tokens": "hard tokens", "insertion tagger": "tagger"}    # name -> way
 SYSTEMS = (*REPORTED, *REALIGNED, "parallel transformer")
 
 
@@ -337,19 +339,23 @@ def row_of(study, system, width, dropout, steps, result, split="test"):
     return {**facts, **describe_run(study), **result}
 
 # %% ../nbs/60_study.ipynb #c23
+GIVEN = "the target's"                         # the length of rows whose drafts keep it, and of bounds that read the target
+KEEP_LENGTH = ("mask", "replace", "swap")      # kinds of draft as long as their targets
+
+
 def measure_system(study, system, dropout, steps, count=None, kind="drop", told=False):
     "(row, scores) of an open system on the test split, damaged in the way `kind` at a rate; `told`: with the targets' lengths."
     batch, layers = study.drafts(dropout, count=count, kind=kind), system.encoder.layers
     states = study.reading(layers).corpus("test").states
     result, scores = measure(lambda part: system.slot_logits(part, steps, study.seed), batch.told() if told else batch, states[:len(batch)], system.autoencoder.project)
-    facts = {**result, "layers": layers, **({"length": "known"} if told else {})}
+    facts = {**result, "layers": layers, "length": "known" if told else GIVEN if kind in KEEP_LENGTH else "unknown"}
     return row_of(study, system.name, system.autoencoder.config.width, dropout, steps if system.moves else 0, facts), scores
 
 
-def measure_oracle(study, autoencoder, dropout=0.):
+def measure_oracle(study, autoencoder, dropout=0., count=None):
     "(row, scores) of the real target latents on the test split; the draft plays no part in it."
-    result, scores = measure(lambda part: oracle(study.encoder, autoencoder, part), study.drafts(0.))
-    return row_of(study, "oracle", autoencoder.config.width, dropout, 0, result), scores
+    result, scores = measure(lambda part: oracle(study.encoder, autoencoder, part), study.drafts(0., count=count))
+    return row_of(study, "oracle", autoencoder.config.width, dropout, 0, {**result, "length": GIVEN}), scores
 
 
 def save_results(study, name, rows, notebook=""):

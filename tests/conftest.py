@@ -32,7 +32,7 @@ def tiny_bert(tmp_path_factory):
 TINY = dict(stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus", widths=[32, 16], dropouts=[0., .05],
             shared_prior=True, flow_steps=2, seeds=1, samples=12, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
             training={stage: dict(steps=3, lr=5e-3, batch=4, slots=64)
-                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "parallel", "gpt2")},
+                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "gpt2")},
             sizes=dict(encoder=dict(width=32, layers=2, heads=2, inner=64), timing_gpt2=dict(width=32, layers=1, heads=2),
                        prior=dict(layers=1, inner=32, heads=4), flow=dict(hidden=32, depth=1, heads=4), metric=dict(inner=16),
                        residual=dict(layers=1, inner=32, heads=4), head={}, aligner={}, gpt2=dict(width=32, layers=1, heads=2)))

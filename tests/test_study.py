@@ -286,7 +286,7 @@ def test_two_runs_in_one_folder(tiny_preset, tmp_path):
 
 def test_refine(trained, tiny_preset):
     code, said, err = call("refine", "--preset", tiny_preset, "--out", trained.out, "--prompt", "Ann went out. It rained.", "--draft", "she her umbrella.")
-    assert code == 0 and re.search(r"^ *[01]\.\d{3}  \S+$", said, re.M), err
+    assert code == 0 and re.search(r"^ *[01]\.\d{3} [ +~] \S+$", said, re.M) and "+ put in, ~ exchanged; lost from the draft: " in said.splitlines()[-1], err
     for system in SYSTEMS: assert call("refine", "--preset", tiny_preset, "--out", trained.out, "--prompt", "A b.", "--draft", "c d.", "--system", system)[0] == 0
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from latentrefine.core import CLS, MASK, PAD, SEP, VOCAB, StudyError
+from latentrefine.aligner import AlignerConfig, train_aligner
+from latentrefine.baselines.parallel import train_parallel
 from latentrefine.draft_prior import DraftPriorConfig, drafted, train_prior
 from latentrefine.encoder import Corpus
 from latentrefine.flow import FlowConfig, train_gaussian_flow
@@ -17,6 +19,7 @@ GAUSSIAN = "Gaussian start"
 ALL = (*SYSTEMS, GAUSSIAN)
 FLOWS = ("local flow", "metric + OT", "fused readout", "full")
 HEADS = ("fused readout", "full")
+NO_LATENTS = ("re-aligned, tokens", "re-aligned, hard tokens", "insertion tagger", "parallel transformer")
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +36,9 @@ def drafts(study): return study.drafts(.10, count=4)
 
 def networks(system):
     "The networks a system may call, each once."
-    if name_is_parallel(system): return [system.net, system.net.reader]
+    if system.name == "parallel transformer": return [system.net, system.net.reader]
     parts = ("prior", "flow", "metric", "residual", "head", "aligner")
     return [system.encoder.model, system.autoencoder.decoder, *(net for net in (getattr(system, p, None) for p in parts) if net is not None)]
-
-
-def name_is_parallel(system): return system.name == "parallel transformer"      # it has no latents
 
 
 def same(a, b):
@@ -55,7 +55,7 @@ def test_shapes_and_honest_counts(systems, drafts, name, steps):
     for hook in hooks: hook.remove()
     assert out.logits.shape == (4, 32, VOCAB) and out.logits.dtype == torch.float32 and out.logits.isfinite().all()
     assert out.tokens.shape == (4, 32)
-    if name_is_parallel(systems[name]): assert out.latents is None
+    if name in NO_LATENTS: assert out.latents is None
     else: assert out.latents.shape == (4, 32, 32) and out.latents.isfinite().all()
     assert not out.logits.requires_grad and out.nfe == len(calls)
     assert systems[name].name == name
@@ -79,6 +79,8 @@ def test_the_target_is_never_read(systems, drafts, name):
     assert not torch.equal(other.target_ids, drafts.target_ids)
     out = systems[name].slot_logits(drafts, 2, 1)
     assert same(systems[name].slot_logits(other, 2, 1), out) and same(systems[name].slot_logits(absent, 2, 1), out)
+    told = drafts.told()                                      # of the length and nothing else
+    assert same(systems[name].slot_logits(replace(told, target_ids=told.target_ids.flip(0)), 2, 1), systems[name].slot_logits(told, 2, 1))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -110,9 +112,11 @@ def test_padding_reaches_no_valid_slot(systems, drafts, name):
     assert not drafts.draft_mask.all() and not drafts.prompt_mask.all()
     junk = torch.randint(CLS, VOCAB, drafts.draft_ids.shape, generator=torch.Generator().manual_seed(0))
     filled = replace(drafts, prompt_ids=drafts.prompt_ids.where(drafts.prompt_mask, junk), draft_ids=drafts.draft_ids.where(drafts.draft_mask, junk))
-    a, b = systems[name].slot_logits(drafts, 2, 1), systems[name].slot_logits(filled, 2, 1)
-    assert torch.allclose(a.logits[drafts.draft_mask], b.logits[drafts.draft_mask], atol=1e-5)
-    if a.latents is not None: assert torch.allclose(a.latents[drafts.draft_mask], b.latents[drafts.draft_mask], atol=1e-5)
+    for ours, theirs in ((drafts, filled), (drafts.told(), filled.told())):
+        a, b = systems[name].slot_logits(ours, 2, 1), systems[name].slot_logits(theirs, 2, 1)
+        slots = torch.ones_like(drafts.draft_mask) if name in (*REALIGNED, "parallel transformer") else drafts.draft_mask       # these write beyond the draft
+        assert torch.allclose(a.logits[slots], b.logits[slots], atol=1e-5)
+        if a.latents is not None: assert torch.allclose(a.latents[slots], b.latents[slots], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -219,8 +223,14 @@ def test_no_test_story_is_trained_on(study):
     assert 0 < len(texts["test"]) <= study.preset["test"]
 
 
-@pytest.mark.parametrize("make", (lambda c, f: train_prior(c[0], c[1], c[2], DraftPriorConfig(32, layers=1, heads=4, inner=32), (.05,), f[0], f[1]),
-                                  lambda c, f: train_gaussian_flow(c[0], c[1], c[2], FlowConfig(32, hidden=32, depth=1, heads=4), f[0], f[1])), ids=("prior", "gaussian"))
+MAKE = {"prior": lambda c, f: train_prior(*c, DraftPriorConfig(32, layers=1, heads=4, inner=32), (.05,), *f),
+        "gaussian": lambda c, f: train_gaussian_flow(*c, FlowConfig(32, hidden=32, depth=1, heads=4), *f),
+        "aligner": lambda c, f: train_aligner(*c, AlignerConfig(32), (.05,), *f),
+        "jointly": lambda c, f: train_aligner(*c, AlignerConfig(32, joint_weight=1., share=.5), (.05,), *f),
+        "parallel": lambda c, f: train_parallel(*c, (.05,), *f)}
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_training_is_repeatable(study, systems, tmp_path, make):
     "Weights are a function of the seed, whatever ran before."
     weights = []
@@ -230,6 +240,25 @@ def test_training_is_repeatable(study, systems, tmp_path, make):
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
         assert not (tmp_path / name / "state.safetensors").exists()
     assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("name", ("aligner", "jointly", "parallel"))
+def test_interrupted_and_resumed_is_the_same(study, systems, tmp_path, monkeypatch, name):
+    "Ctrl-C after any step, and the next run ends with the same weights."
+    parts, training = (study.corpus(), study.encoder, systems["no-op"].autoencoder), Training(steps=4, batch=4, slots=64, save_seconds=0)
+    MAKE[name](parts, (training, tmp_path / "whole"))
+    step = torch.optim.AdamW.step
+    taken = []
+    def until(optimizer, *given):
+        if len(taken) == 3: raise KeyboardInterrupt
+        taken.append(1)
+        return step(optimizer, *given)
+    monkeypatch.setattr(torch.optim.AdamW, "step", until)
+    with pytest.raises(KeyboardInterrupt): MAKE[name](parts, (training, tmp_path / "broken"))
+    monkeypatch.undo()
+    assert (tmp_path / "broken" / "state.safetensors").exists() and not (tmp_path / "broken" / "config.json").exists()
+    MAKE[name](parts, (training, tmp_path / "broken"))
+    assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_the_corpus_is_one_for_all(study):

@@ -16,11 +16,11 @@ from torch import nn
 from ..aligner import known_length, trainable_copy
 from ..autoencoder import load_autoencoder, token_scores_of
 from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator, write_text
-from ..draft_prior import drafted
+from ..drafts import with_drafts
 from ..encoder import Encoder
 from ..readout import copy_reader
 from ..refiner import fit_autoencoder, read_parts, save_autoencoder
-from ..training import finish, fit, read_model, save_model
+from ..training import finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c05
 class ParallelTransformer(nn.Module):
@@ -41,11 +41,12 @@ class ParallelTransformer(nn.Module):
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c06
 def train_parallel(corpus, encoder, autoencoder, dropouts, training, folder):
-    "Train the transformer on fresh drafts at the given rates, every second step with the length told; returns it frozen, and its curve."
+    "Train the transformer on fresh drafts at the given rates, every second round of the rates with the length told; returns it frozen, and its curve."
     torch.manual_seed(training.seed)
     net = ParallelTransformer(encoder.model, autoencoder).to(device())
     def loss_at(step):
-        batch, _ = drafted(corpus, training, dropouts, step)
+        batch = corpus.batch.rows(rows_at(step, len(corpus), training))
+        batch = with_drafts(batch, dropouts[step % len(dropouts)], generator(training.seed, "draft", "train", step)).to(device())
         if step // len(dropouts) % 2: batch = batch.told()
         gen = generator(training.seed, "parallel", step)
         loss, probability = token_scores_of(net.reader, net(batch), batch.target_ids, batch.target_mask, training.slots, gen)
