@@ -405,9 +405,9 @@ def test_an_encoder_folder_is_taken_from_the_root(tiny_preset, tiny_bert, tmp_pa
     assert Study(str(path), out=str(tmp_path)).encoder.digest == load_encoder(tiny_bert).digest
 
 
-def damaged(kind, models):
-    "Damage the DraftPrior in a copy of the models; the words of the message."
-    prior = models / "prior-32-shared-s1337"
+def damaged(kind, models, part):
+    "Damage a part in a copy of the models; the words of the message."
+    prior = models / f"{part}-s1337"
     weights, config = prior / "model.safetensors", prior / "config.json"
     data = weights.read_bytes()
     if kind == "missing": shutil.rmtree(prior)
@@ -418,18 +418,20 @@ def damaged(kind, models):
     if kind == "flipped byte": weights.write_bytes(data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:])
     if kind == "config cut": config.write_text(config.read_text()[:40])
     if kind == "config of another kind": config.write_text("[]")
-    if kind == "config changed": config.write_text(config.read_text().replace('"heads": 4', '"heads": 2'))
+    if kind == "config changed": config.write_text(config.read_text().replace('"heads": 4', '"heads": 2').replace('"most": 3', '"most": 2'))
     if kind == "another width": shutil.rmtree(prior); shutil.copytree(models / "prior-16-shared-s1337", prior)
     return ["width is 16, 32 is needed"] if kind == "another width" else []
 
 
-@pytest.mark.parametrize("kind", ("missing", "unfinished", "no weights", "truncated", "empty", "flipped byte", "config cut", "config of another kind",
-                                  "config changed", "another width"))
-def test_bad_checkpoint(trained, tiny_preset, tmp_path, kind):
+DAMAGE = ("missing", "unfinished", "no weights", "truncated", "empty", "flipped byte", "config cut", "config of another kind", "config changed")
+
+
+@pytest.mark.parametrize("kind, part, system", [*((kind, "prior-32-shared", "full") for kind in (*DAMAGE, "another width")), *((kind, "aligner-32", "re-aligned") for kind in DAMAGE)])
+def test_bad_checkpoint(trained, tiny_preset, tmp_path, kind, part, system):
     shutil.copytree(trained.out / "models", tmp_path / "models")
-    words = damaged(kind, tmp_path / "models")
-    refused("refine", "--prompt", "A.", "--draft", "B.", "--preset", tiny_preset, "--out", tmp_path,
-            says=["prior-32-shared", "latentrefine reproduce prior-32-shared", *words])
+    words = damaged(kind, tmp_path / "models", part)
+    refused("refine", "--prompt", "A.", "--draft", "B.", "--preset", tiny_preset, "--out", tmp_path, "--system", system,
+            says=[part, f"latentrefine reproduce {part}", *words])
 
 
 def test_checkpoint_of_another_encoder(trained, tiny_preset, tiny_bert, tmp_path):
