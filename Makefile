@@ -3,6 +3,8 @@ PRESET = quick
 CORES = 2
 PYTHON = python3
 STORIES =
+SEEDS =
+OUT =
 
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check
@@ -13,10 +15,10 @@ STAMP = .venv/.installed
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "settings: PRESET=$(PRESET) CORES=$(CORES) PYTHON=$(PYTHON) STORIES=$(STORIES)"
+	@echo "settings: PRESET=$(PRESET) CORES=$(CORES) PYTHON=$(PYTHON) STORIES=$(STORIES) SEEDS=$(SEEDS) OUT=$(OUT)"
 
 study: $(STAMP)  ## install on the first call, then make every table and figure of a preset
-	@$(BIN)/latentrefine reproduce --preset $(PRESET) --cores $(CORES) $(if $(STORIES),--stories "$(STORIES)")
+	@$(BIN)/latentrefine reproduce --preset $(PRESET) --cores $(CORES) $(if $(STORIES),--stories "$(STORIES)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(OUT),--out "$(OUT)")
 
 test: $(STAMP)  ## install on the first call, then run the tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests

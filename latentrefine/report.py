@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'MAUVE', 'TEXT_VALUES', 'TITLES', 'STYLE', 'published', 'beside_published', 'over_seeds', 'add_intervals',
            'add_gain', 'TextRuler', 'text_table', 'save_table', 'save_figure', 'coloured', 'section', 'write_page',
-           'reader_of', 'curve_lines', 'system_lines', 'realign_line', 'claim_line', 'findings']
+           'reader_of', 'curve_lines', 'system_lines', 'short_line', 'realign_line', 'claim_line', 'findings']
 
 # %% ../nbs/61_report.ipynb #c02
 import base64
@@ -227,6 +227,17 @@ def system_lines(value, rate=.05):
             f"other real targets reach {text('mauve_floor', 'draft'):.3f} and {text('mauve_floor', 'full', steps=16):.3f} at the same lengths."]
 
 # %% ../nbs/61_report.ipynb #c32
+def short_line(value):
+    "The study in three sentences."
+    def slots(column): return value("misalignment", column, part="slots", system="no-op")
+    def three(system, column="target_probability"): return value("table3", column, system=system)
+    systems = ("DraftPrior", "local flow", "metric + OT", "bounded residual", "fused readout", "full")
+    above, lowest = sum(three(name) > three("no-op") for name in systems), min(systems, key=lambda name: three(name, "ce"))
+    return (f"**In short.** A latent is read where it stands: before the first dropped token the unrefined draft reads {slots('before_first_drop'):.3f} of its target, behind it {slots('behind_first_drop'):.3f}. "
+            f"Of the report's {len(systems)} ways to refine, trained here, {above or 'none'} read more than doing nothing ({three('no-op'):.3f}; the best of them {max(map(three, systems)):.3f}), which has cross-entropy {three('no-op', 'ce'):.2f} against {three(lowest, 'ce'):.2f} of *{lowest}*. "
+            f"Moving latents to other slots reads {value('realign', 'target_probability', part='main', system='re-aligned', length='unknown'):.3f}.")
+
+
 def realign_line(value):
     "The headline: what re-aligning the draft brings."
     def read(system, length="unknown", column="target_probability"): return value("realign", column, part="main", system=system, length=length)
@@ -248,4 +259,4 @@ def findings(folder):
     value, table = reader_of(folder), load_rows(Path(folder) / "tables" / "table2.json")
     row, seeds = table[0], len({row["seed"] for row in table})
     origin = f"*{row['encoder']} on {row['stories']}, preset {row['preset']}: {row['train_stories']:,} training and {row['n']:,} test stories, {seeds} {'seed' if seeds == 1 else 'seeds'}, {row['hardware']}.*"
-    return "\n".join([origin, "", *(f"- {line}" for line in [realign_line(value), *curve_lines(value), *system_lines(value), claim_line(folder)])])
+    return "\n".join([origin, "", *(f"- {line}" for line in [short_line(value), realign_line(value), *curve_lines(value), *system_lines(value), claim_line(folder)])])

@@ -290,7 +290,7 @@ def parser():
                     "--stories names the stories to score; the system is the one that the preset's last run trained.")
     three.add_argument("--dropout", type=float, default=MAIN_RATE, help="share of target tokens dropped to make the drafts")
     three.add_argument("--limit", type=int, default=None, help="score at most this many stories; else all")
-    for sub in (two, three): sub.add_argument("--system", default="re-aligned", choices=SYSTEMS, help="which system, in quotes where the name has a space; the README explains them")
+    for sub in (two, three): sub.add_argument("--system", default="re-aligned", choices=SYSTEMS, metavar="NAME", help=f"which system, in quotes where the name has a space: {'; '.join(SYSTEMS)}. The README explains them")
     four = command("tables", "Print the tables of a preset.")
     four.add_argument("names", nargs="*", metavar="TABLE", help="tables such as table2; none: all")
     return main
