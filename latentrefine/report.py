@@ -243,7 +243,7 @@ def realign_line(value):
     def read(system, length="unknown", column="target_probability"): return value("realign", column, part="main", system=system, length=length)
     def at(p, length="unknown"): return value("realign", "target_probability", part="curve", system="re-aligned", dropout=p, length=length)
     def soft(system): return f"top-1 {read(system, column='top1'):.3f} at cross-entropy {read(system, column='ce'):.2f}"
-    return (f"**Past the report** (realign). A refiner that moves latents *between* slots reads {read('re-aligned'):.3f} at 5 % with the target's length unknown, {read('re-aligned', 'withheld'):.3f} where even a cut draft may not tell it, and {read('re-aligned', 'known'):.3f} with it known; "
+    return (f"**Past the report** (realign). On {read('re-aligned', column='n'):,.0f} test stories at 5 % a refiner that moves latents *between* slots reads {read('re-aligned'):.3f} with the target's length unknown, {read('re-aligned', 'withheld'):.3f} where even a cut draft may not tell it, and {read('re-aligned', 'known'):.3f} with it known; "
             f"doing nothing reads {read('no-op, last + embedding'):.3f} with the same decoder, the report's full system, trained here, {read('full'):.3f}, a transformer of the same size that emits tokens directly {read('parallel transformer'):.3f}. At 10 %, on {value('realign', 'n', part='curve', system='re-aligned', dropout=.10):.0f} stories, it reads {at(.10):.3f} and {at(.10, 'known'):.3f}; with the gaps held open {read('gaps held open', GIVEN):.3f}. "
             f"Read as a mixture of latents, the alignment has {soft('re-aligned, soft')}; as a mixture of tokens, {soft('re-aligned, tokens')}.")
 
@@ -259,4 +259,7 @@ def findings(folder):
     value, table = reader_of(folder), load_rows(Path(folder) / "tables" / "table2.json")
     row, seeds = table[0], len({row["seed"] for row in table})
     origin = f"*{row['encoder']} on {row['stories']}, preset {row['preset']}: {row['train_stories']:,} training and {row['n']:,} test stories, {seeds} {'seed' if seeds == 1 else 'seeds'}, {row['hardware']}.*"
+    machines = {name: load_rows(Path(folder) / "tables" / f"{name}.json")[0]["hardware"].split(",")[0] for name in TITLES}
+    elsewhere = [f"{name} on {machine}" for name, machine in machines.items() if machine != machines["table2"]]
+    if elsewhere: origin += f" *{', '.join(elsewhere)}.*"
     return "\n".join([origin, "", *(f"- {line}" for line in [short_line(value), realign_line(value), *curve_lines(value), *system_lines(value), claim_line(folder)])])
