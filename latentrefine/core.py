@@ -20,9 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #c05
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd().parent
@@ -39,13 +37,13 @@ class StudyError(Exception):
 @dataclass(frozen=True)
 class Batch:
     "Token ids and masks of prompt, draft and target; ids are int64, masks bool, True on valid slots."
-    prompt_ids: Tensor   # [batch, 32]
-    prompt_mask: Tensor  # [batch, 32]
-    draft_ids: Tensor    # [batch, 32]
-    draft_mask: Tensor   # [batch, 32]
-    target_ids: Tensor   # [batch, 32]
-    target_mask: Tensor  # [batch, 32]
-    length: Tensor | None = None     # [batch], the targets' lengths, where a system is told them
+    prompt_ids: "Tensor"   # [batch, 32]
+    prompt_mask: "Tensor"  # [batch, 32]
+    draft_ids: "Tensor"    # [batch, 32]
+    draft_mask: "Tensor"   # [batch, 32]
+    target_ids: "Tensor"   # [batch, 32]
+    target_mask: "Tensor"  # [batch, 32]
+    length: "Tensor | None" = None     # [batch], the targets' lengths, where a system is told them
 
     def __len__(self): return len(self.prompt_ids)
 
@@ -70,8 +68,8 @@ class Batch:
 @dataclass(frozen=True)
 class RefineOutput:
     "What a system returns for a batch."
-    logits: Tensor           # [batch, 32, vocab], fp32, unnormalised log-probabilities
-    latents: Tensor | None   # [batch, 32, width], the latents that were read out, if the system has any
+    logits: "Tensor"           # [batch, 32, vocab], fp32, unnormalised log-probabilities
+    latents: "Tensor | None"   # [batch, 32, width], the latents that were read out, if the system has any
     nfe: int                 # network evaluations a story: every pass of encoder, prior, flow and readout
 
     @property
@@ -97,24 +95,28 @@ class System(Protocol):
 # %% ../nbs/00_core.ipynb #c16
 def generator(seed, *labels):
     "A CPU random generator fixed by `seed` and the labels that say what it is for."
+    import torch
     digest = hashlib.blake2b(repr((int(seed), *labels)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def story_noise(batch, width, seed):
     "Gaussian noise [batch, 32, width]; a story's noise depends on its own prompt and the seed, not on draft or neighbours."
+    import torch
     rows = batch.prompt_ids.where(batch.prompt_mask, PAD).tolist()
     return torch.stack([torch.randn(TARGET_SLOTS, width, generator=generator(seed, tuple(row))) for row in rows])
 
 # %% ../nbs/00_core.ipynb #c20
 def device():
     "The accelerator if there is one, else the CPU."
+    import torch
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(precision):
     "A context that runs matrix products in `precision`, \"float32\" or \"bfloat16\"."
     if precision == "float32": return nullcontext()
+    import torch
     if precision == "bfloat16": return torch.autocast(device().type, torch.bfloat16)
     raise StudyError(f"precision: {precision!r} is not known; use float32 or bfloat16")
 
@@ -161,6 +163,7 @@ def versions():
 
 def hardware():
     "Processor, cores in use and accelerator, as one line."
+    import torch
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

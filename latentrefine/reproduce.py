@@ -194,13 +194,12 @@ def follow(process, log):
 
 # %% ../nbs/62_reproduce.ipynb #c18
 def engine(study, targets, cores):
-    "The Snakemake command for a study, and its environment."
+    "The Snakemake command that makes the targets and all they need; the plan that the Snakefile reads is written to logs/study.json."
     graph, due = nodes(study), list(targets)
     for name in due: due += [n for n in graph[name].needs if n not in due]
     for name in due: write_text(study.out / "logs" / f"{name}.json", spec_of(study, graph[name]))
-    settings = dict(targets=due, python=sys.executable)
-    settings["study"] = dict(preset=str(study.preset_path), stories=str(study.source), out=str(study.out), seed=study.seed, seeds=study.seeds)
-    write_text(study.out / "logs" / "study.json", json.dumps(settings))
+    plan = [dict(name=n.name, done=n.done, needs=[graph[name].done for name in n.needs], products=n.products, key=key_of(study, n)) for n in map(graph.get, due)]
+    write_text(study.out / "logs" / "study.json", json.dumps(dict(nodes=plan, python=sys.executable)))
     return [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "nbs" / "Snakefile"), "--directory", str(study.out), "--cores", str(cores),
             "--configfile", str(study.out / "logs" / "study.json"), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
 
