@@ -18,9 +18,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING: from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #c05
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd().parent

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES',
-           'EVALUATION_SEED', 'REPORTED', 'REALIGNED', 'SYSTEMS', 'ALIGNER_PARTS', 'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH',
-           'check_keys', 'settable', 'check_section', 'whole', 'attention_sizes', 'demands', 'check_values',
-           'read_yaml', 'load_preset', 'percent', 'Study', 'prior_rates', 'prior_name', 'open_system', 'aligner_name',
-           'open_realigned', 'open_parallel', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
-           'measure_system', 'measure_oracle', 'save_results']
+           'EVALUATION_SEED', 'SLOTS', 'REPORTED', 'REALIGNED', 'SYSTEMS', 'ALIGNER_PARTS', 'NOT_SIZES', 'GIVEN',
+           'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole', 'attention_sizes', 'demands',
+           'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study', 'prior_rates', 'prior_name',
+           'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'open_gaussian', 'chunk_size', 'measure',
+           'describe_run', 'row_of', 'measure_system', 'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
 import copy
@@ -16,17 +16,19 @@ import hashlib
 import json
 import time
 from dataclasses import MISSING, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .aligner import AlignerConfig, load_aligner
 from .autoencoder import load_autoencoder, vocabulary_of
 from .baselines.gpt2 import GPT2Size
 from .baselines.parallel import Parallel, load_parallel
-from .core import ROOT, TARGET_SLOTS, VOCAB, StudyError, commit, device, generator, provenance, save_rows
+from .core import ROOT, TARGET_SLOTS, VOCAB, StudyError, commit, device, generator, provenance, save_rows, writing
 from .draft_prior import DraftPriorConfig, load_prior
 from .drafts import clean_batch, with_drafts
 from .encoder import LAYERS, Corpus, clean_hidden, data_digest, load_encoder, read_encoder
@@ -144,9 +146,17 @@ def load_preset(name):
 # %% ../nbs/60_study.ipynb #c14
 SOURCES = ("embedded", "rocstories")     # the names of stories that are not files
 EVALUATION_SEED = 1337
+SLOTS = ("prompt_ids", "prompt_mask", "target_ids", "target_mask")
 
 
 def percent(dropout): return f"p{100 * dropout:g}"
+
+
+@lru_cache
+def stories_mark(source):
+    "A digest of a local story file, or the name of a source."
+    path = Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(source)
 
 # %% ../nbs/60_study.ipynb #c15
 class Study:
@@ -181,8 +191,28 @@ class Study:
 
     @cached_property
     def batches(self):
-        "Clean batches of the three splits."
-        return {name: clean_batch(*slot_stories(part, self.tokenizer)[:4]) for name, part in self.splits.items()}
+        "Clean batches of the three splits: those that the node `stories` kept, or laid out anew."
+        return self.kept_batches() or {name: clean_batch(*slot_stories(part, self.tokenizer)[:4]) for name, part in self.splits.items()}
+
+    @property
+    def slots_path(self): return self.out / "models" / "states" / "slots.safetensors"
+
+    def keep_batches(self):
+        "Write the clean batches for the study's other nodes, with what they depend on; splitting and cutting into word pieces takes longer than reading."
+        tensors = {f"{name}.{field}": getattr(batch, field).contiguous() for name, batch in self.batches.items() for field in SLOTS}
+        with writing(self.slots_path) as scratch: save_file(tensors, scratch, {"of": self.slots_mark(self.batches)})
+
+    def slots_mark(self, batches):
+        "What kept batches must agree with: the stories, how many, and their own digests."
+        return json.dumps([stories_mark(self.source), self.preset["limit"], self.preset["test"], *map(data_digest, batches.values())])
+
+    def kept_batches(self):
+        "The batches that `keep_batches` wrote for these very stories, or None."
+        try:
+            with safe_open(self.slots_path, "pt") as file:
+                batches = {name: clean_batch(*(file.get_tensor(f"{name}.{field}") for field in SLOTS)) for name in ("train", "validation", "test")}
+                return batches if file.metadata()["of"] == self.slots_mark(batches) else None
+        except (OSError, SafetensorError, TypeError, KeyError): return None      # absent or damaged: nothing is lost
 
     @cached_property
     def splits(self):
@@ -329,7 +359,7 @@ def describe_run(study):
     source = study.source if study.source in SOURCES else Path(study.source).name
     paper = load_preset("paper")
     reduced = any(study.preset[field] != paper[field] for field in paper if field not in NOT_SIZES)
-    return dict(stories=source, precision=study.preset["precision"], layers=study.layers, train_stories=len(study.splits["train"]),
+    return dict(stories=source, precision=study.preset["precision"], layers=study.layers, train_stories=len(study.batches["train"]),
                 vocabulary=study.preset["vocabulary"], shared_prior=study.preset["shared_prior"], length="unknown", reduced=reduced)
 
 
