@@ -108,12 +108,13 @@ def drafted(corpus, training, dropouts, step):
     return with_drafts(batch.to("cpu"), rate, generator(training.seed, "draft", "train", step)).to(device()), states
 
 # %% ../nbs/21_draft_prior.ipynb #c19
-def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder):
-    "Train a DraftPrior on fresh drafts at the given rates; returns it frozen, and its curve."
+def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder, rewrite=None):
+    "Train a DraftPrior on fresh drafts at the given rates, each batch of them passed through `rewrite` if there is one; returns it frozen, and its curve."
     torch.manual_seed(training.seed)
     prior = DraftPrior(config).to(device())
     def loss_at(step):
         batch, states = drafted(corpus, training, dropouts, step)
+        if rewrite: batch = rewrite(batch)
         z_p, z_d = draft_latents(encoder, autoencoder, batch)
         gen = generator(training.seed, "prior", step)
         noise = torch.randn(len(batch), TARGET_SLOTS, config.width, generator=gen).to(device())

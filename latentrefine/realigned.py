@@ -107,6 +107,11 @@ class Realigned:
         if self.way not in LATENT: logits = token_mixture(alignment, batch.draft_ids, logits.log_softmax(-1))
         return RefineOutput(logits, *((z, 3) if self.way in LATENT else (None, 2)))
 
+    def write_out(self, batch):
+        "The batch with its drafts as this system writes them out: [MASK] in the gaps that it takes for certain."
+        found, _, gaps, _ = self.find(batch.to(device()))
+        return written(found, gaps)
+
     def fit(self, stories, config): return fit_realigned(self, stories, config)
 
     def save(self, folder): save_realigned(self, folder)

@@ -279,9 +279,9 @@ def prior_rates(study):
     return sorted({*study.preset["dropouts"], MAIN_RATE, FIGURE_RATE})
 
 
-def prior_name(study, width, dropout, long=False):
-    "Name of the DraftPrior that serves a width and a rate; a long one, trained anew for longer, serves its own rate alone."
-    if long: return f"prior-{width}-{percent(dropout)}-long"
+def prior_name(study, width, dropout, variant=""):
+    "Name of the DraftPrior that serves a width and a rate; a variant, trained anew for longer (`long`) or on re-aligned drafts (`realigned`), serves its own rate alone."
+    if variant: return f"prior-{width}-{percent(dropout)}-{variant}"
     return f"prior-{width}-" + ("shared" if study.preset["shared_prior"] else percent(dropout))
 
 # %% ../nbs/60_study.ipynb #c18
@@ -294,7 +294,7 @@ def open_system(study, name, width=None, dropout=MAIN_RATE):
     place = f"{width}-{percent(dropout)}"
     system = DCLR(study.encoder, load_autoencoder(study.model(f"autoencoder-{width}"), study.encoder, width=width), name=name)
     if name == "no-op": return system
-    system = replace(system, prior=load_prior(study.model(prior_name(study, width, dropout, name == "long DraftPrior")), width=width))
+    system = replace(system, prior=load_prior(study.model(prior_name(study, width, dropout, "long" * (name == "long DraftPrior"))), width=width))
     if name in ("DraftPrior", "long DraftPrior"): return system
     if name == "bounded residual": return replace(system, residual=load_residual(study.model(f"residual-{place}"), width=width))
     path = "metric" if name in ("metric + OT", "full") else "flow"

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from latentrefine.core import ROOT, ROW_FIELDS
-from latentrefine.report import TITLES, findings, published
+from latentrefine.report import COLUMNS, TITLES, base_column, findings, published
 from latentrefine.reproduce import nodes
 from latentrefine.study import GIVEN, REALIGNED, REPORTED, Study, load_preset
 
@@ -140,3 +140,10 @@ def test_readme_and_index_repeat_the_findings():
     found = findings(ROOT / "outputs" / "cpu")
     assert found in shown, "the index shows other findings than those of outputs/cpu: run nbs/index.ipynb"
     assert found in readme, "the README's findings are not those of outputs/cpu: copy them from nbs/index.ipynb"
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("table", TITLES)
+def test_every_column_is_explained(run, table):
+    header = (ROOT / "outputs" / run / "tables" / f"{table}.csv").read_text(encoding="utf-8").partition("\n")[0].split(",")
+    assert not {base_column(name) for name in header} - set(COLUMNS)
