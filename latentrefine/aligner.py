@@ -29,14 +29,16 @@ class AlignerConfig:
     fill_weight: float = .05    # a, weight of the decoder's cross-entropy on missing tokens
     joint_weight: float = 0.    # b, weight of the decoder's cross-entropy on re-aligned latents, after a warm start
     share: float = .5           # share of the training that is the warm start, on gaps and missing tokens alone
+    depth: int = 0              # layers of the encoder that are copied, from the first on; 0: all
 
 
-def trainable_copy(bert):
-    "A trainable copy of a frozen BERT without dropout; its word matrix stays frozen."
+def trainable_copy(bert, depth=0):
+    "A trainable copy of a frozen BERT, or of its first `depth` layers, without dropout; its word matrix stays frozen."
     config = copy.deepcopy(bert.config)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.
     copied = BertModel(config, add_pooling_layer=False)
     copied.load_state_dict(bert.state_dict())
+    if depth: copied.encoder.layer = copied.encoder.layer[:depth]
     copied.embeddings.word_embeddings.requires_grad_(False)
     if device().type == "cpu": copied.set_attn_implementation("eager")     # the fused one's backward pass takes twice as long in bfloat16
     return copied
@@ -52,7 +54,7 @@ class Aligner(nn.Module):
     def __init__(self, config, bert):
         super().__init__()
         self.config, inner = config, bert.config.hidden_size
-        self.bert = trainable_copy(bert)
+        self.bert = trainable_copy(bert, config.depth)
         self.gap, self.fill = pair_head(inner, config.most + 1), pair_head(inner, config.most * config.width)
         nn.init.zeros_(self.gap[-1].weight)
         with torch.no_grad(): self.gap[-1].bias.copy_(-3. * torch.arange(config.most + 1))     # gaps are rare
@@ -126,6 +128,6 @@ def train_aligner(corpus, encoder, autoencoder, config, dropouts, training, fold
 def load_aligner(folder, encoder, **expected):
     "The aligner saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest, **expected)
-    net = Aligner(AlignerConfig(**{f: config[f] for f in AlignerConfig.__dataclass_fields__}), encoder.model)
+    net = Aligner(AlignerConfig(**{f: config[f] for f in AlignerConfig.__dataclass_fields__ if f in config}), encoder.model)
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)

@@ -72,7 +72,7 @@ class RefineOutput:
     "What a system returns for a batch."
     logits: "Tensor"           # [batch, 32, vocab], fp32, unnormalised log-probabilities
     latents: "Tensor | None"   # [batch, 32, width], the latents that were read out, if the system has any
-    nfe: int                 # network evaluations a story: every pass of encoder, prior, flow and readout
+    nfe: float               # network evaluations a story, a mean over the batch: every pass of encoder, prior, flow and readout
 
     @property
     def tokens(self): return self.logits.argmax(-1)  # [batch, 32]
@@ -81,6 +81,9 @@ class RefineOutput:
 class System(Protocol):
     "What the measuring harness asks of every system: the study's own, its peers, its baselines."
     name: str
+    width: int       # of its latents, or of its network's states where it has none
+    layers: str      # the encoder's layers that it reads, or "none"
+    moves: bool      # whether a number of steps means anything to it
 
     def fit(self, stories, config):
         "Train on a list of stories; returns self."

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import BertModel, BertTokenizerFast
+from transformers import BertForMaskedLM, BertModel, BertTokenizerFast
 from transformers.utils import logging
 
 from .core import CLS, MASK, PAD, PROMPT_SLOTS, SEP, TARGET_SLOTS, UNK, VOCAB, Batch, StudyError, autocast, device, writing
@@ -48,21 +48,21 @@ def check_encoder(name, config, tokenizer):
 
 # %% ../nbs/03_encoder.ipynb #c08
 def read_encoder(name):
-    "Model and tokenizer for `minilm`, a local folder or a hub name; raises StudyError with the remedy."
+    "Model, tokenizer and masked-language head, or None, for `minilm`, a local folder or a hub name; raises StudyError with the remedy."
     logging.set_verbosity_error(); logging.disable_progress_bar()
     folder = minilm_folder() if name == "minilm" else name
     try:
         config = json.loads((Path(folder) / "config.json").read_text()) if Path(folder).is_dir() else {"model_type": "bert"}
         if config.get("model_type") != "bert":
             raise StudyError(f"encoder {name}: config.json says model_type {config.get('model_type')!r}; the study needs a BERT (model_type 'bert')")
-        model = BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32, use_safetensors=True)
+        whole, notes = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         tokenizer = BertTokenizerFast.from_pretrained(folder)
     except StudyError: raise
     except Exception as error:  # transformers raises many kinds here; all mean that the name cannot be read
         raise StudyError(f"encoder {name}: cannot be read ({str(error).splitlines()[0][:160]}); "
                          "give minilm, a folder with config.json, model.safetensors and vocab.txt, or a hub name while online") from error
-    check_encoder(name, model.config, tokenizer)
-    return model, tokenizer
+    check_encoder(name, whole.config, tokenizer)
+    return whole.bert, tokenizer, None if any(key.startswith("cls.") for key in notes["missing_keys"]) else whole.cls
 
 # %% ../nbs/03_encoder.ipynb #c10
 LAYERS = ("last", "last + embedding")     # the report's latent, and the mean of the last layer and the embedding layer: an ablation
@@ -77,6 +77,7 @@ class Encoder:
     digest: str
     precision: str = "float32"
     layers: str = "last"        # which states are read, one of LAYERS
+    names: object = None        # the masked-language head, last-layer states [..., width] to logits [..., vocab], if the checkpoint has one
 
     @property
     def width(self): return self.model.config.hidden_size
@@ -105,11 +106,12 @@ class Encoder:
 # %% ../nbs/03_encoder.ipynb #c12
 def load_encoder(name, precision="float32"):
     "The frozen encoder called `name`, in eval mode on the study's device."
-    model, tokenizer = read_encoder(name)
+    model, tokenizer, names = read_encoder(name)
     digest = hashlib.sha256()
     for tensor in model.state_dict().values(): digest.update(tensor.numpy().tobytes())
     label = getattr(model.config, "study_name", None) or (name if name == "minilm" or not Path(name).is_dir() else Path(name).name)
-    return Encoder(label, model.eval().requires_grad_(False).to(device()), tokenizer, digest.hexdigest(), precision)
+    model, names = (part and part.eval().requires_grad_(False).to(device()) for part in (model, names))
+    return Encoder(label, model, tokenizer, digest.hexdigest(), precision, names=names)
 
 # %% ../nbs/03_encoder.ipynb #c14
 def embed_texts(encoder, texts, size=64):

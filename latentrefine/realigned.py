@@ -17,14 +17,14 @@ from .aligner import AlignerConfig, alignment_of, ended, known_length, load_alig
 from .autoencoder import draft_latents, load_autoencoder
 from .core import MASK, PAD, SEP, TARGET_SLOTS, RefineOutput, autocast, device, write_text
 from .drafts import pack
-from .encoder import Encoder
+from .encoder import LAYERS, Encoder
 from .realign import Alignment, best_gaps, certain, gaps_of, places_of, realign, spread
 from .refiner import fit_autoencoder, read_parts, save_autoencoder
 from .training import save_model
 
 # %% ../nbs/31_realigned.ipynb #c05
-WAYS = ("soft", "hard", "re-encoded", "tokens", "hard tokens", "tagger")
-LATENT = ("soft", "hard", "re-encoded")      # these read latents of the draft; the others its tokens
+WAYS = ("soft", "hard", "re-encoded", "masked LM", "tokens", "hard tokens", "tagger")
+LATENT = WAYS[:4]      # these read latents of the draft; the others its tokens
 
 
 def token_mixture(alignment, draft_ids, read):
@@ -80,6 +80,12 @@ class Realigned:
     name: str = "re-aligned"
     moves = False                # there are no Euler steps
 
+    @property
+    def width(self): return self.autoencoder.config.width
+
+    @property
+    def layers(self): return self.encoder.layers
+
     @torch.no_grad()
     def find(self, batch):
         "(the batch without [MASK], its soft `Alignment`, the gaps [batch, 33] taken for certain, fill latents [batch, 33, most, d])."
@@ -94,7 +100,7 @@ class Realigned:
     def latents(self, batch, alignment, gaps, fill):
         "Re-aligned latents [batch, 32, width]."
         if self.way not in LATENT: return realign(replace(alignment, reads=0 * alignment.reads), 0 * fill[:, :TARGET_SLOTS, 0], fill) / alignment.missing[..., None].clamp(min=1e-6)
-        if self.way == "re-encoded": batch, alignment = written(batch, gaps), replace(alignment, reads=torch.diag_embed(alignment.reads.sum(2)))
+        if self.way in ("re-encoded", "masked LM"): batch, alignment = written(batch, gaps), replace(alignment, reads=torch.diag_embed(alignment.reads.sum(2)))
         return realign(alignment, draft_latents(self.encoder, self.autoencoder, batch)[1], fill)
 
     @torch.no_grad()
@@ -104,8 +110,16 @@ class Realigned:
         if self.way not in ("soft", "tokens"): alignment = certain(gaps, batch.draft_mask, fill.shape[2])
         z = self.latents(batch, alignment, gaps, fill)
         with autocast(self.encoder.precision): logits = self.autoencoder.decoder.full(z)
+        if self.way == "masked LM": return RefineOutput(torch.where(alignment.missing[..., None] > .5, self.named(batch, gaps), logits), z, 5)
         if self.way not in LATENT: logits = token_mixture(alignment, batch.draft_ids, logits.log_softmax(-1))
         return RefineOutput(logits, *((z, 3) if self.way in LATENT else (None, 2)))
+
+    @torch.no_grad()
+    def named(self, batch, gaps):
+        "Logits [batch, 32, vocab] of the encoder's masked-language head for the drafts written out under `gaps`."
+        out = written(batch, gaps)
+        states = self.encoder.reading(LAYERS[0]).hidden(out.prompt_ids, out.prompt_mask, out.draft_ids, out.draft_mask)
+        with autocast(self.encoder.precision): return self.encoder.names(states[:, -TARGET_SLOTS:]).float()
 
     def write_out(self, batch):
         "The batch with its drafts as this system writes them out: [MASK] in the gaps that it takes for certain."

@@ -44,6 +44,9 @@ class DCLR:
     def width(self): return self.autoencoder.config.width
 
     @property
+    def layers(self): return self.encoder.layers
+
+    @property
     def moves(self): return self.flow is not None     # whether the number of Euler steps means anything
 
     @torch.no_grad()
@@ -169,6 +172,12 @@ class GaussianStart:
     flow: FlowNet
     name: str = "Gaussian start"
     moves = True
+
+    @property
+    def width(self): return self.autoencoder.config.width
+
+    @property
+    def layers(self): return self.encoder.layers
 
     @torch.no_grad()
     def slot_logits(self, batch, steps, seed):

@@ -82,7 +82,8 @@ def stage_nodes(study):
     nodes += stage(f"residual-{place}", "residual", [prior_name(study, full, MAIN_RATE)], "residual", ("residual",))
     nodes += stage(f"gaussian-{full}", "gaussian_flow", [f"autoencoder-{full}"], "gaussian", ("flow",))
     def aligners(*variant, **parameters): return stage(aligner_name(full, *variant), "aligner", [f"autoencoder-{full}-mixed"], "aligner", ("aligner",), dropouts=prior_rates(study), **parameters)
-    nodes += aligners() + [aligners(part, part=part)[0] for part in ALIGNER_PARTS] + aligners(ALIGNER_PARTS[-1], True, part=ALIGNER_PARTS[-1], joint=True)[:1]
+    nodes += aligners() + [aligners(part, part=part)[0] for part in ALIGNER_PARTS] 
+    nodes += [aligners(ALIGNER_PARTS[-1], joint, not joint, part=ALIGNER_PARTS[-1], **{"joint" if joint else "half": True})[0] for joint in (True, False)]
     nodes += variant("realigned", (aligner_name(full),), "prior")
     nodes += stage(f"parallel-{full}", "parallel", [f"autoencoder-{full}"], "aligner", dropouts=prior_rates(study))
     return nodes + (stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",)) if p["gpt2"] == "trained" else [])
@@ -247,12 +248,13 @@ def evaluate(study, source, dropout, system_name, limit=None):
     batch = clean_batch(*slots)
     drafts = with_drafts(batch, dropout, generator(EVALUATION_SEED, "draft", "evaluation", "file", dropout))
     steps = study.preset["flow_steps"]
-    readers = {"oracle": lambda part: oracle(system.encoder, system.autoencoder, part),
+    latent = nothing if system.layers == "none" else system
+    readers = {"oracle": lambda part: oracle(latent.encoder, latent.autoencoder, part),
                "no-op": lambda part: nothing.slot_logits(part, 0, study.seed),
                system_name: lambda part: system.slot_logits(part, steps, study.seed)}
     label = source if source in SOURCES else Path(source).name
     facts = dict(evaluated=label, trained_dropout=trained, left_out=len(given) - len(stories), targets_truncated=cut.float().mean().item())
-    layers = {name: study.layers if name == "no-op" else system.encoder.layers for name in readers}
+    layers = {"oracle": latent.layers, "no-op": nothing.layers, system_name: system.layers}
     rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts)[0], split="file"), **facts, "layers": layers[name], "length": GIVEN if name == "oracle" else "unknown"} for name, read in readers.items()]
     target = study.out / "evaluations" / f"{label}-{system_name.replace(' ', '_')}-{percent(dropout)}.json"
     save_rows(target, rows, provenance("evaluate", study.preset_name, time.monotonic() - study.started))

@@ -270,7 +270,7 @@ class Study:
 # %% ../nbs/60_study.ipynb #c17
 REPORTED = ("no-op", "DraftPrior", "long DraftPrior", "local flow", "metric + OT", "bounded residual", "fused readout", "full")
 REALIGNED = {"re-aligned": "re-encoded", "re-aligned, hard": "hard", "re-aligned, soft": "soft", "re-aligned, tokens": "tokens",
-             "re-aligned, hard tokens": "hard tokens", "insertion tagger": "tagger"}    # name -> way
+             "re-aligned, hard tokens": "hard tokens", "re-aligned, masked LM": "masked LM", "insertion tagger": "tagger"}    # name -> way
 SYSTEMS = (*REPORTED, *REALIGNED, "parallel transformer")
 
 
@@ -308,14 +308,16 @@ def open_system(study, name, width=None, dropout=MAIN_RATE):
 ALIGNER_PARTS = (16, 4)      # at the first seed the aligner is also trained for a sixteenth and a fourth of its steps: a curve over data
 
 
-def aligner_name(width, part=1, joint=False):
-    "Name of the aligner trained for one `part`-th of its steps, and jointly with the decoder's reading."
-    return f"aligner-{width}" + f"-1of{part}" * (part > 1) + "-joint" * joint
+def aligner_name(width, part=1, joint=False, half=False):
+    "Name of the aligner trained for one `part`-th of its steps, jointly with the decoder's reading, or with half the encoder's layers."
+    return f"aligner-{width}" + f"-1of{part}" * (part > 1) + "-joint" * joint + "-half" * half
 
 
 def open_realigned(study, name, *variant):
     "The re-aligning system called `name`, one of REALIGNED, at full width; its latents are read from two layers."
     encoder = study.encoder.reading(LAYERS[1])
+    if REALIGNED[name] == "masked LM" and encoder.names is None:
+        raise StudyError(f"system {name}: encoder {encoder.name} has no masked-language head; choose another system, or an encoder such as bert-base-uncased")
     autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}-mixed"), encoder, width=study.full)
     return Realigned(encoder, autoencoder, load_aligner(study.model(aligner_name(study.full, *variant)), encoder, width=study.full), REALIGNED[name], name=name)
 
@@ -338,14 +340,14 @@ def chunk_size(): return 128 if device().type == "cuda" else 8
 
 def measure(logits_of, batch, states=None, project=None):
     "(result, scores) of `logits_of(part) -> RefineOutput` over a batch: recoverability with 95 % intervals and geometry as a dict, and the `Recoverability`."
-    scores, latents, nfe, size = Recoverability(), [], 0, chunk_size()
+    scores, latents, passes, size = Recoverability(), [], 0, chunk_size()
     for part in batch.chunks(size):
         out = logits_of(part)
         scores.add(out.logits, part.target_ids.to(out.logits.device), part.target_mask.to(out.logits.device))
-        nfe = out.nfe
+        passes += out.nfe * len(part)
         if out.latents is not None: latents.append(out.latents.cpu())
     low, high = scores.interval("target_probability")
-    result = {**scores.result(), "target_probability_low": low, "target_probability_high": high, "nfe": nfe}
+    result = {**scores.result(), "target_probability_low": low, "target_probability_high": high, "nfe": passes // len(batch) if passes % len(batch) == 0 else passes / len(batch)}
     if states is None or not latents: return result, scores
     real = torch.cat([project(torch.from_numpy(states[i:i + size]).float().to(device()))[:, 32:].cpu() for i in range(0, len(batch), size)])
     return {**result, **latent_geometry(torch.cat(latents), real, batch.target_mask)}, scores
@@ -375,11 +377,11 @@ KEEP_LENGTH = ("mask", "replace", "swap")      # kinds of draft as long as their
 
 def measure_system(study, system, dropout, steps, count=None, kind="drop", told=False):
     "(row, scores) of an open system on the test split, damaged in the way `kind` at a rate; `told`: with the targets' lengths."
-    batch, layers = study.drafts(dropout, count=count, kind=kind), system.encoder.layers
-    states = study.reading(layers).corpus("test").states
-    result, scores = measure(lambda part: system.slot_logits(part, steps, study.seed), batch.told() if told else batch, states[:len(batch)], system.autoencoder.project)
-    facts = {**result, "layers": layers, "length": "known" if told else GIVEN if kind in KEEP_LENGTH else "unknown"}
-    return row_of(study, system.name, system.autoencoder.config.width, dropout, steps if system.moves else 0, facts), scores
+    batch = study.drafts(dropout, count=count, kind=kind)
+    real = () if system.layers == "none" else (study.reading(system.layers).corpus("test").states[:len(batch)], system.autoencoder.project)
+    result, scores = measure(lambda part: system.slot_logits(part, steps, study.seed), batch.told() if told else batch, *real)
+    facts = {**result, "layers": system.layers, "length": "known" if told else GIVEN if kind in KEEP_LENGTH else "unknown"}
+    return row_of(study, system.name, system.width, dropout, steps if system.moves else 0, facts), scores
 
 
 def measure_oracle(study, autoencoder, dropout=0., count=None):

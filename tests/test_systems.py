@@ -38,7 +38,8 @@ def networks(system):
     "The networks a system may call, each once."
     if system.name == "parallel transformer": return [system.net, system.net.reader]
     parts = ("prior", "flow", "metric", "residual", "head", "aligner")
-    return [system.encoder.model, system.autoencoder.decoder, *(net for net in (getattr(system, p, None) for p in parts) if net is not None)]
+    own = [system.encoder.names] if getattr(system, "way", "") == "masked LM" else []
+    return [system.encoder.model, system.autoencoder.decoder, *own, *(net for net in (getattr(system, p, None) for p in parts) if net is not None)]
 
 
 def same(a, b):

@@ -72,6 +72,12 @@ class Parallel:
     name: str = "parallel transformer"
     moves = False
 
+    @property
+    def width(self): return self.encoder.width
+
+    @property
+    def layers(self): return self.encoder.layers
+
     @torch.no_grad()
     def slot_logits(self, batch, steps=0, seed=0):
         "One pass, and the reader; deterministic, so `steps` and `seed` are not used."
