@@ -294,6 +294,7 @@ def realign_line(value):
     def soft(system): return f"top-1 {read(system, column='top1'):.3f} at cross-entropy {read(system, column='ce'):.2f}"
     return (f"**Past the report** (realign). On {read('re-aligned', column='n'):,.0f} test stories at 5 % a refiner that moves latents *between* slots reads {read('re-aligned'):.3f} with the target's length unknown, {read('re-aligned', 'withheld'):.3f} where even a cut draft may not tell it, and {read('re-aligned', 'known'):.3f} with it known; "
             f"doing nothing reads {read('no-op, last + embedding'):.3f} with the same decoder, the report's full system, trained here, {read('full'):.3f}, a transformer of the same size that emits tokens directly {read('parallel transformer'):.3f}. At 10 %, on {value('realign', 'n', part='curve', system='re-aligned', dropout=.10):.0f} stories, it reads {at(.10):.3f} and {at(.10, 'known'):.3f}; with the gaps held open {read('gaps held open', GIVEN):.3f}. "
+            f"A DraftPrior trained on the re-aligned drafts reads {read('re-aligned, then DraftPrior'):.3f}, at cross-entropy {read('re-aligned, then DraftPrior', column='ce'):.2f} in place of {read('re-aligned', column='ce'):.2f}. "
             f"Read as a mixture of latents, the alignment has {soft('re-aligned, soft')}; as a mixture of tokens, {soft('re-aligned, tokens')}.")
 
 
