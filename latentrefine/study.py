@@ -203,8 +203,8 @@ class Study:
         with writing(self.slots_path) as scratch: save_file(tensors, scratch, {"of": self.slots_mark(self.batches)})
 
     def slots_mark(self, batches):
-        "What kept batches must agree with: the stories, how many, and their own digests."
-        return json.dumps([stories_mark(self.source), self.preset["limit"], self.preset["test"], *map(data_digest, batches.values())])
+        "What kept batches must agree with: the stories, the module that reads them, how many, and their own digests."
+        return json.dumps([stories_mark(self.source), stories_mark(ROOT / "latentrefine" / "stories.py"), self.preset["limit"], self.preset["test"], *map(data_digest, batches.values())])
 
     def kept_batches(self):
         "The batches that `keep_batches` wrote for these very stories, or None."

@@ -35,7 +35,7 @@ class MaskedDiffusion(nn.Module):
         super().__init__()
         self.bert, self.reader = trainable_copy(bert), copy_reader(autoencoder.decoder, autoencoder.config.width).requires_grad_(True)
         self.register_buffer("mean", autoencoder.mean); self.register_buffer("scale", autoencoder.scale)
-        self.register_buffer("never", torch.isin(self.reader.kept, torch.tensor(NEVER)), persistent=False)
+        self.register_buffer("never", torch.isin(self.reader.kept, torch.tensor(NEVER, device=self.reader.kept.device)), persistent=False)
 
     @property
     def word_vectors(self):
