@@ -116,7 +116,7 @@ def text_table(rows, keys, name, values, more=()):
     first = [c for c in table if c in keys or c.startswith("mauve") or c.endswith("against_floor")]
     return table[[*first, *(c for c in table if c not in first)]]
 
-# %% ../nbs/61_report.ipynb #c51
+# %% ../nbs/61_report.ipynb #c22
 pd.set_option("display.precision", 3)      # in notebooks as in the .md files
 
 COLUMNS = {  # column -> what it holds
@@ -149,7 +149,7 @@ COLUMNS = {  # column -> what it holds
 }
 ENDINGS = {"_sd": "standard deviation over seeds", "_low": "lower end of a 95 % interval over stories", "_high": "its upper end", " (report)": "as published"}
 
-# %% ../nbs/61_report.ipynb #c52
+# %% ../nbs/61_report.ipynb #c23
 def base_column(name):
     "A column's name without its ending."
     return next((name.removesuffix(end) for end in ENDINGS if name.endswith(end)), name)
@@ -161,7 +161,7 @@ def legend(columns):
     ends = {end: text for end, text in ENDINGS.items() if any(name.endswith(end) for name in columns)}
     return "\n".join(f"- `{name}`: {text}" for name, text in [*means.items(), *((f"...{end}", text) for end, text in ends.items())])
 
-# %% ../nbs/61_report.ipynb #c22
+# %% ../nbs/61_report.ipynb #c27
 def save_table(study, name, frame, digits=3):
     "Write a data frame as tables/NAME.csv and NAME.md, there with what its columns mean; returns it."
     write_text(study.out / "tables" / f"{name}.csv", frame.to_csv(index=False))
@@ -184,7 +184,7 @@ def coloured(pieces):
         return text if piece.startswith("##") else f" {text}"
     return "".join(shown(*one) for one in pieces if one[0] not in ("[SEP]", "[PAD]")).strip()
 
-# %% ../nbs/61_report.ipynb #c24
+# %% ../nbs/61_report.ipynb #c29
 TITLES = {  # name of an experiment -> its title on the page
     "stories": "The stories",
     "table1": "Table 1. Parameters",
@@ -206,7 +206,7 @@ STYLE = ("body{font:16px/1.5 Georgia,serif;max-width:60rem;margin:2rem auto;padd
          "table{border-collapse:collapse;font-size:14px}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}"
          "td:first-child,th:first-child{text-align:left}img{max-width:100%}small,details{color:#666;font-size:14px}")
 
-# %% ../nbs/61_report.ipynb #c25
+# %% ../nbs/61_report.ipynb #c30
 def section(folder, name, title):
     "HTML of one experiment, or an empty string if it has not been run."
     table, figure = folder / "tables" / f"{name}.csv", folder / "figures" / f"{name}.png"
@@ -230,7 +230,7 @@ def write_page(folder, title):
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
-# %% ../nbs/61_report.ipynb #c29
+# %% ../nbs/61_report.ipynb #c34
 def reader_of(folder):
     "A function value(table, column, **where): mean over the rows of a table in `folder` with these fields; StudyError if there is none."
     def value(table, column, **where):
@@ -240,7 +240,7 @@ def reader_of(folder):
         return sum(found) / len(found)
     return value
 
-# %% ../nbs/61_report.ipynb #c30
+# %% ../nbs/61_report.ipynb #c35
 def curve_lines(value, rates=(.03, .05, .10)):
     "The findings about the curve of Table 2."
     rows = dict(part="curve", draft="drop")
@@ -257,7 +257,7 @@ def curve_lines(value, rates=(.03, .05, .10)):
             f"**Shift or loss** (misalignment). On {value('misalignment', 'n', part='kinds'):.0f} stories at 5 % the no-op reads {kind('drop'):.3f} slot by slot and {kind('drop', 'aligned_probability'):.3f} when the ruler may shift; with the same tokens dropped and a `[MASK]` left in their place, {kind('mask'):.3f}; with everything moved by one slot and nothing dropped, {kind('shift'):.3f}.",
             f"**Step or slope** (misalignment). Does reading break at the first drop or fade? On the same stories the no-op reads {slots('before_first_drop'):.3f} before the first drop and {slots('behind_first_drop'):.3f} behind it."]
 
-# %% ../nbs/61_report.ipynb #c31
+# %% ../nbs/61_report.ipynb #c36
 def system_lines(value, rate=.05):
     "The findings about starts, refiners, geometry and text."
     def three(system, column="target_probability"): return value("table3", column, system=system)
@@ -275,7 +275,7 @@ def system_lines(value, rate=.05):
             f"**Text metrics** (Table 5). Against targets of other stories, which no system has read, MAUVE of the unrefined draft is {text('mauve_unpaired', 'draft'):.3f}, of the full system after 16 steps {text('mauve_unpaired', 'full', steps=16):.3f}; "
             f"other real targets reach {text('mauve_floor', 'draft'):.3f} and {text('mauve_floor', 'full', steps=16):.3f} at the same lengths."]
 
-# %% ../nbs/61_report.ipynb #c32
+# %% ../nbs/61_report.ipynb #c37
 def short_line(value):
     "The study in three sentences."
     def slots(column): return value("misalignment", column, part="slots", system="no-op")
