@@ -79,7 +79,7 @@ def test_the_graph_holds_every_table(name, tmp_path):
     assert experiments <= set(graph) and {f"table{i}" for i in range(1, 7)} <= experiments
     assert {node.notebook for node in graph.values()} <= {path.stem for path in EXPERIMENTS.glob("*.ipynb")}
     priors = [node for node in graph.values() if node.notebook == "stage_draft_prior"]
-    assert study.seeds == 3 and len(priors) == 3 * (2 * len(study.preset["dropouts"]) + 1)     # the last: the long one
+    assert study.seeds == 3 and len(priors) == 3 * (2 * len(study.preset["dropouts"]) + 2)     # the last: the long one, and the one on re-aligned drafts
     own = study.preset["encoder"] == "in-domain"
     assert own == (name == "gpu-bert") and ("encoder" in graph) == own
     for node in graph.values():
