@@ -84,6 +84,7 @@ class System(Protocol):
     width: int       # of its latents, or of its network's states where it has none
     layers: str      # the encoder's layers that it reads, or "none"
     moves: bool      # whether a number of steps means anything to it
+    vocabulary: str  # which word pieces it can emit: "all", or those of the training stories, "corpus"
 
     def fit(self, stories, config):
         "Train on a list of stories; returns self."

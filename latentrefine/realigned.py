@@ -86,6 +86,9 @@ class Realigned:
     @property
     def layers(self): return self.encoder.layers
 
+    @property
+    def vocabulary(self): return self.autoencoder.vocabulary
+
     @torch.no_grad()
     def find(self, batch):
         "(the batch without [MASK], its soft `Alignment`, the gaps [batch, 33] taken for certain, fill latents [batch, 33, most, d])."

@@ -47,6 +47,9 @@ class DCLR:
     def layers(self): return self.encoder.layers
 
     @property
+    def vocabulary(self): return self.autoencoder.vocabulary
+
+    @property
     def moves(self): return self.flow is not None     # whether the number of Euler steps means anything
 
     @torch.no_grad()
@@ -178,6 +181,9 @@ class GaussianStart:
 
     @property
     def layers(self): return self.encoder.layers
+
+    @property
+    def vocabulary(self): return self.autoencoder.vocabulary
 
     @torch.no_grad()
     def slot_logits(self, batch, steps, seed):

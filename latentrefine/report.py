@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'MAUVE', 'TEXT_VALUES', 'COLUMNS', 'ENDINGS', 'TITLES', 'STYLE', 'published', 'beside_published',
            'over_seeds', 'add_intervals', 'add_gain', 'TextRuler', 'text_table', 'base_column', 'legend', 'save_table',
            'save_figure', 'coloured', 'section', 'write_page', 'reader_of', 'curve_lines', 'system_lines', 'short_line',
-           'realign_line', 'claim_line', 'findings']
+           'realign_line', 'systems_line', 'systems_table', 'claim_line', 'findings']
 
 # %% ../nbs/61_report.ipynb #c02
 import base64
@@ -72,10 +72,10 @@ def add_gain(frame, keys, scores, base, value="target_probability", name="gain")
 
 # %% ../nbs/61_report.ipynb #c17
 class TextRuler:
-    "Measures texts for the first `samples` test stories of a study, for the experiment `name`; each distinct text is embedded once."
-    def __init__(self, study, name):
+    "Measures texts for the first test stories of a study, `count` or as many as the preset's `samples`, for the experiment `name`; each distinct text is embedded once."
+    def __init__(self, study, name, count=0):
         self.study, self.name, self.tokenizer = study, name, study.encoder.tokenizer
-        self.drafts = study.drafts(MAIN_RATE, count=study.preset["samples"])
+        self.drafts = study.drafts(MAIN_RATE, count=count or study.preset["samples"])
         self.prompts, self.draft_texts, self.references = (from_slots(ids, self.tokenizer) for ids in (self.drafts.prompt_ids, self.drafts.draft_ids, self.drafts.target_ids))
         self.other_prompts, self.others = (self.elsewhere(field) for field in ("prompt_ids", "target_ids"))
         self.judged_by, self.perplexity = judge(study.preset["gpt2"], study.model("gpt2"), self.tokenizer)      # one judge for all seeds
@@ -144,6 +144,11 @@ COLUMNS = {  # column -> what it holds
     "metric_std": "spread of the learned metric's diagonal", "metric_min": "its least entry", "metric_max": "its greatest entry", "transport": "the transport loss",
     "claim": "number of the claim", "statement": "what the report concludes", "verdict": "holds, does not hold, or only in the part it names", "evidence": "the numbers behind the verdict",
     "regime": "length of the target", "tokens": "valid slots of the target", "prompt": "the text before the draft", "reference": "the target", "marked": "what the system reads, wrong tokens in brackets",
+    "mode": "how the draft enters: as the state that is refined (START), as context (COND), not at all (PROMPT); ORACLE: the target enters; text: a text as it is", "missing": "target probability in the slots whose token the draft masks",
+    "diversity": "product of distinct-2, -3 and -4", "memorised": "share of 4-grams of words that occur in the training stories", "written": "slots before the end marker that are no padding",
+    "training_stories": "stories seen in training, with repetition, the autoencoder's not counted", "training_seconds": "seconds of training of all its networks, the first seed", "run_parameters": "numbers in all networks that a call runs through, frozen ones too, millions",
+    "ms_at_one": "milliseconds a story, one story a call", "ms_at_many": "milliseconds a story at the largest batch up to 64", "t": "time on the path from noise (0) to the word (1)", "switch": "the time t* from which the hybrid draws",
+    "kl": "divergence of the state from its word, nats, mean of draws", "kl_closed_form": "the same by formula", "r_f": "greatest share of words in a soft slot", "top_p": "probability mass of the words in a soft slot",
     "split": "train, validation or test", "stories": "stories in the split", "distinct_stories": "different ones", "vocabulary": "different word pieces", "mean_target_slots": "mean length of a target, slots",
     "targets_truncated": "share of targets that 32 slots cut", "prompts_truncated": "share of prompts that 32 slots cut", "targets_repeated": "share of targets that occur more than once",
 }
@@ -200,6 +205,9 @@ TITLES = {  # name of an experiment -> its title on the page
     "misalignment": "Why the curve is what it is: misaligned drafts",
     "basin": "What the decoder can read: the basin around a latent",
     "realign": "Past the report: re-aligned drafts",
+    "systems": "Systems side by side",
+    "klflow": "Logit-KL flow matching",
+    "lrd": "Latent Refinement Decoding",
     "claims": "The six claims of the report",
 }
 STYLE = ("body{font:16px/1.5 Georgia,serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h2{margin-top:3rem}"
@@ -298,6 +306,23 @@ def realign_line(value):
             f"Read as a mixture of latents, the alignment has {soft('re-aligned, soft')}; as a mixture of tokens, {soft('re-aligned, tokens')}.")
 
 
+def systems_line(value, rate=.05):
+    "The systems of other papers beside DCLR and the re-aligned one."
+    def read(system, mode, column="target_probability", **where): return value("systems", column, system=system, mode=mode, **(where or dict(draft="drop", dropout=rate)))
+    whole = dict(draft="drop", dropout=0.)
+    def text(system, column): return value("systems", column, system=system, mode="PROMPT")
+    return (f"**Side by side** (systems). On {read('full', 'START', 'n'):.0f} test stories at 5 % the re-aligned system reads {read('re-aligned', 'START'):.3f}, the report's full system {read('full', 'START'):.3f}, KL-Flow with the draft as context {read('KL-Flow', 'COND'):.3f}, a masked diffusion model {read('masked diffusion', 'COND'):.3f}, the same decoded by Latent Refinement Decoding {read('LRD', 'COND'):.3f} in {read('LRD', 'COND', 'nfe'):.1f} passes for {read('masked diffusion', 'COND', 'nfe'):.1f}. "
+            f"Started from the draft, slot by slot, KL-Flow reads {read('KL-Flow', 'START', **whole):.3f} of whole drafts and {read('KL-Flow', 'START'):.3f} at 5 %: a dropped token displaces what is behind it there too. From the prompt alone their perplexity is {text('KL-Flow', 'ppl'):,.0f}, {text('masked diffusion', 'ppl'):,.0f} and {text('LRD', 'ppl'):,.0f}; that of a small GPT-2 trained on the same stories {text('GPT-2', 'ppl'):,.0f}.")
+
+
+def systems_table(folder, rate=.05):
+    "The lines of the table `systems` at 5 % and from the prompt alone, as Markdown."
+    table = pd.read_csv(Path(folder) / "tables" / "systems.csv")
+    table = table[(table.dropout == rate) | table["mode"].isin(("PROMPT", "ORACLE"))].rename(columns={"training_stories": "stories seen", "training_seconds": "seconds", "run_parameters": "M", "ms_at_one": "ms at 1", "ms_at_many": "ms at 64"})
+    shown = table[["system", "mode", "draft", "target_probability", "missing", "ce", "aligned_probability", "ppl", "diversity", "nfe", "stories seen", "seconds", "M", "ms at 1", "ms at 64"]]
+    return shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=(*[""] * 3, *[".3f"] * 2, ".2f", ".3f", ".0f", ".3f", ".1f", ".0f", ".0f", ".1f", ".0f", ".0f"), missingval="-")
+
+
 def claim_line(folder):
     "The verdicts of the notebook `claims` on the report's six conclusions."
     verdicts = pd.read_csv(Path(folder) / "tables" / "claims.csv")
@@ -312,4 +337,4 @@ def findings(folder):
     machines = {name: load_rows(Path(folder) / "tables" / f"{name}.json")[0]["hardware"].split(",")[0] for name in TITLES}
     elsewhere = [f"{name} on {machine}" for name, machine in machines.items() if machine != machines["table2"]]
     if elsewhere: origin += f" *{', '.join(elsewhere)}.*"
-    return "\n".join([origin, "", *(f"- {line}" for line in [short_line(value), realign_line(value), *curve_lines(value), *system_lines(value), claim_line(folder)])])
+    return "\n".join([origin, "", *(f"- {line}" for line in [short_line(value), realign_line(value), systems_line(value), *curve_lines(value), *system_lines(value), claim_line(folder)]), "", "The systems side by side, on 5 % drafts, from the prompt alone and with the target (systems):", "", systems_table(folder)])

@@ -33,7 +33,7 @@ from .notebooks import EXPERIMENTS, die_with_parent, lock
 from .refiner import EXCHANGED, PUT_IN, oracle, refine_text
 from .report import PUBLISHED
 from .stories import read_stories, slot_stories
-from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, GIVEN, IN_DOMAIN, MAIN_RATE, REPORTED, SOURCES, SYSTEMS, Study, aligner_name, measure, open_system, percent, prior_name, prior_rates, row_of, stories_mark
+from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, GIVEN, IN_DOMAIN, KLFLOW_WAYS, MAIN_RATE, REPORTED, SOURCES, SYSTEMS, Study, aligner_name, klflow_name, measure, open_system, percent, prior_name, prior_rates, row_of, stories_mark
 
 # %% ../nbs/62_reproduce.ipynb #c05
 COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")
@@ -86,6 +86,9 @@ def stage_nodes(study):
     nodes += [aligners(ALIGNER_PARTS[-1], joint, not joint, part=ALIGNER_PARTS[-1], **{"joint" if joint else "half": True})[0] for joint in (True, False)]
     nodes += variant("realigned", (aligner_name(full),), "prior")
     nodes += stage(f"parallel-{full}", "parallel", [f"autoencoder-{full}"], "aligner", dropouts=prior_rates(study))
+    def denoisers(section, *way): return stage(klflow_name(*way), "klflow", ["stories"], section, ("klflow",), dropouts=prior_rates(study), **dict(zip(("path", "given"), way)))
+    nodes += denoisers("klflow") + [denoisers("paths", *way)[0] for way in KLFLOW_WAYS]
+    nodes += stage(f"masked-{full}", "masked", [f"autoencoder-{full}"], "masked", dropouts=prior_rates(study))
     return nodes + (stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",)) if p["gpt2"] == "trained" else [])
 
 # %% ../nbs/62_reproduce.ipynb #c07
@@ -121,6 +124,9 @@ def nodes(study):
         experiment("misalignment", (*full_system, *long), "flow_steps"),
         experiment("basin", full_system, "flow_steps"),
         experiment("realign", (*full_system, *of(prior_name(study, full, MAIN_RATE, "realigned")), *(node.name for node in stages if node.notebook in ("stage_aligner", "stage_parallel"))), "flow_steps", "timing_batches"),
+        experiment("klflow", of(klflow_name(), *(klflow_name(*way) for way in KLFLOW_WAYS), "gpt2"), "peer_stories", "gpt2"),
+        experiment("lrd", of(f"masked-{full}", "gpt2"), "peer_stories", "gpt2"),
+        experiment("systems", (*full_system, *of(aligner_name(full), f"parallel-{full}", klflow_name(), f"masked-{full}", f"gaussian-{full}", "gpt2")), "flow_steps", "peer_stories", "gpt2", "timing_batches"),
         experiment("claims", ("table3", "table4", "gaussian_start", "basin", *sweep, *refiners), "flow_steps", "claim_widths")]
     first = first_nodes(study)
     report = Node("report", "report", ("stories", *(n.name for n in tables)))
@@ -255,7 +261,7 @@ def evaluate(study, source, dropout, system_name, limit=None):
     label = source if source in SOURCES else Path(source).name
     facts = dict(evaluated=label, trained_dropout=trained, left_out=len(given) - len(stories), targets_truncated=cut.float().mean().item())
     layers = {"oracle": latent.layers, "no-op": nothing.layers, system_name: system.layers}
-    rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts)[0], split="file"), **facts, "layers": layers[name], "length": GIVEN if name == "oracle" else "unknown"} for name, read in readers.items()]
+    rows = [{**row_of(study, name, study.full, dropout, steps * system.moves, measure(read, drafts)[0], split="file"), **facts, "layers": layers[name], "vocabulary": (system if name == system_name else nothing).vocabulary, "length": GIVEN if name == "oracle" else "unknown"} for name, read in readers.items()]
     target = study.out / "evaluations" / f"{label}-{system_name.replace(' ', '_')}-{percent(dropout)}.json"
     save_rows(target, rows, provenance("evaluate", study.preset_name, time.monotonic() - study.started))
     return rows, target

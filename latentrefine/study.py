@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES',
-           'EVALUATION_SEED', 'SLOTS', 'REPORTED', 'REALIGNED', 'SYSTEMS', 'ALIGNER_PARTS', 'NOT_SIZES', 'GIVEN',
-           'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole', 'attention_sizes', 'demands',
-           'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study', 'prior_rates', 'prior_name',
-           'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'open_gaussian', 'chunk_size', 'measure',
-           'describe_run', 'row_of', 'measure_system', 'measure_oracle', 'save_results']
+           'EVALUATION_SEED', 'SLOTS', 'REPORTED', 'REALIGNED', 'PEERS', 'SYSTEMS', 'ALIGNER_PARTS', 'KLFLOW_WAYS',
+           'FOLLOWED', 'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole',
+           'attention_sizes', 'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study',
+           'prior_rates', 'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name',
+           'open_klflow', 'open_peer', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
+           'measure_system', 'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
 import copy
@@ -41,16 +42,18 @@ from .realigned import Realigned
 from .refiner import DCLR, GaussianStart, oracle
 from .residual import ResidualConfig, load_residual
 from .stories import read_stories, slot_stories, split_stories
+from .systems.klflow import KLFlow, KLFlowConfig, load_klflow
+from .systems.lrd import LRD, PLAIN, LRDConfig, load_masked
 from .training import Training
 
 # %% ../nbs/60_study.ipynb #c05
 PRESETS = ROOT / "nbs" / "presets"
-SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "gpt2"),
-            "sizes": ("encoder", "prior", "flow", "metric", "residual", "head", "aligner", "gpt2", "timing_gpt2")}
-CONFIGS = dict(encoder=EncoderSize, prior=DraftPriorConfig, flow=FlowConfig, metric=MetricConfig, residual=ResidualConfig, head=ReadoutConfig, aligner=AlignerConfig,
+SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths", "masked", "gpt2"),
+            "sizes": ("encoder", "prior", "flow", "metric", "residual", "head", "aligner", "klflow", "gpt2", "timing_gpt2")}
+CONFIGS = dict(encoder=EncoderSize, prior=DraftPriorConfig, flow=FlowConfig, metric=MetricConfig, residual=ResidualConfig, head=ReadoutConfig, aligner=AlignerConfig, klflow=KLFlowConfig,
                gpt2=GPT2Size, timing_gpt2=GPT2Size)
-SHARES = ("noise", "share", "eta")     # fields between 0 and 1
-LEAST = dict(limit=10, test=1, samples=2, flow_steps=0, seeds=1)
+SHARES = ("noise", "share", "eta", "t_max")     # fields between 0 and 1
+LEAST = dict(limit=10, test=1, samples=2, peer_stories=2, flow_steps=0, seeds=1)
 MAIN_RATE = .05      # the report's main operating point (section 4.3)
 FIGURE_RATE = .03    # the rate of Figure 1
 IN_DOMAIN = "in-domain"    # the encoder that a stage of the study pretrains on its stories
@@ -89,8 +92,9 @@ def attention_sizes(preset):
     "(width, heads) of every attention of a preset."
     sizes, widths = preset["sizes"], preset["widths"]
     places = [(part, width) for part in ("prior", "residual") for width in widths] + [("flow", sizes["flow"].get("hidden", FlowConfig.hidden))]
-    places += [(part, sizes[part].get("width", GPT2Size.width)) for part in ("gpt2", "timing_gpt2")]
-    return [(width, sizes[part].get("heads", CONFIGS[part].heads)) for part, width in places]
+    places += [(part, sizes[part].get("width", CONFIGS[part].width)) for part in ("klflow", "gpt2", "timing_gpt2")]
+    turned = ("klflow",)      # rotary positions turn pairs of numbers
+    return [(width, (1 + (part in turned)) * sizes[part].get("heads", CONFIGS[part].heads)) for part, width in places]
 
 # %% ../nbs/60_study.ipynb #c08
 def demands(preset):
@@ -271,7 +275,8 @@ class Study:
 REPORTED = ("no-op", "DraftPrior", "long DraftPrior", "local flow", "metric + OT", "bounded residual", "fused readout", "full")
 REALIGNED = {"re-aligned": "re-encoded", "re-aligned, hard": "hard", "re-aligned, soft": "soft", "re-aligned, tokens": "tokens",
              "re-aligned, hard tokens": "hard tokens", "re-aligned, masked LM": "masked LM", "insertion tagger": "tagger"}    # name -> way
-SYSTEMS = (*REPORTED, *REALIGNED, "parallel transformer")
+PEERS = ("KL-Flow", "masked diffusion", "LRD")      # other papers' systems; the second is the model that the third decodes
+SYSTEMS = (*REPORTED, *REALIGNED, "parallel transformer", *PEERS)
 
 
 def prior_rates(study):
@@ -291,6 +296,7 @@ def open_system(study, name, width=None, dropout=MAIN_RATE):
     width = width or study.full
     if name in REALIGNED: return open_realigned(study, name)
     if name == "parallel transformer": return open_parallel(study)
+    if name in PEERS: return open_peer(study, name)
     place = f"{width}-{percent(dropout)}"
     system = DCLR(study.encoder, load_autoencoder(study.model(f"autoencoder-{width}"), study.encoder, width=width), name=name)
     if name == "no-op": return system
@@ -326,6 +332,29 @@ def open_parallel(study):
     "The parallel transformer."
     autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}"), study.encoder, width=study.full)
     return Parallel(study.encoder, autoencoder, load_parallel(study.model(f"parallel-{study.full}"), study.encoder, autoencoder))
+
+
+KLFLOW_WAYS = (("KL", "posterior"), ("KL", "probability"), ("linear", "probability"), ("Fisher-Rao", "probability"))      # compared at the first seed
+FOLLOWED = .28 / .3      # share of the time that KL-Flow's hybrid follows the equation, as in its code
+
+
+def klflow_name(path="", given=""):
+    "Name of the KL-Flow denoiser, or of the variant with a path and a reading of the state."
+    return f"klflow-{path}-{given}" if path else "klflow"
+
+
+def open_klflow(study, *way):
+    "KL-Flow with the study's denoiser, or with that of a way, one of KLFLOW_WAYS."
+    net = load_klflow(study.model(klflow_name(*way)))
+    return KLFlow(study.encoder, net, switch=FOLLOWED * net.config.t_max)
+
+
+def open_peer(study, name):
+    "Another paper's system, one of PEERS."
+    if name == "KL-Flow": return open_klflow(study)
+    autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}"), study.encoder, width=study.full)
+    net = load_masked(study.model(f"masked-{study.full}"), study.encoder, autoencoder)
+    return LRD(study.encoder, autoencoder, net, PLAIN if name == "masked diffusion" else LRDConfig(), name=name)
 
 
 def open_gaussian(study):
@@ -380,7 +409,7 @@ def measure_system(study, system, dropout, steps, count=None, kind="drop", told=
     batch = study.drafts(dropout, count=count, kind=kind)
     real = () if system.layers == "none" else (study.reading(system.layers).corpus("test").states[:len(batch)], system.autoencoder.project)
     result, scores = measure(lambda part: system.slot_logits(part, steps, study.seed), batch.told() if told else batch, *real)
-    facts = {**result, "layers": system.layers, "length": "known" if told else GIVEN if kind in KEEP_LENGTH else "unknown"}
+    facts = {**result, "layers": system.layers, "vocabulary": system.vocabulary, "length": "known" if told else GIVEN if kind in KEEP_LENGTH else "unknown"}
     return row_of(study, system.name, system.width, dropout, steps if system.moves else 0, facts), scores
 
 

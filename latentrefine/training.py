@@ -123,7 +123,7 @@ def load_state(path, net, optimizer, key):
 
 # %% ../nbs/04_training.ipynb #c18
 def fit(net, loss_at, training, folder, label):
-    "Train `net` on `loss_at(step) -> (loss, {name: float})`; returns the curve, a list of one dict a step. Resumes from `folder`."
+    "Train `net` on `loss_at(step) -> (loss, {name: float})`; returns the curve, a list of one dict a step, `seconds` counted from the first. Resumes from `folder`."
     state = Path(folder) / "state.safetensors"
     sweep(state)
     key = json.dumps([label, asdict(training), sum(p.numel() for p in net.parameters())])
@@ -132,6 +132,7 @@ def fit(net, loss_at, training, folder, label):
     start, curve = load_state(state, net, optimizer, key)
     net.train()
     saved = time.monotonic()
+    began = saved - (curve[-1]["seconds"] if curve else 0)
     for step in tqdm(range(start, training.steps), desc=label, initial=start, total=training.steps, mininterval=5):
         optimizer.param_groups[0]["lr"] = rate_at(step, training.steps, training.lr)
         with autocast(training.precision): loss, logs = loss_at(step)
@@ -139,7 +140,7 @@ def fit(net, loss_at, training, folder, label):
         optimizer.zero_grad(); loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.)
         optimizer.step()
-        curve.append(dict(step=step, loss=loss.item(), **logs))
+        curve.append(dict(step=step, seconds=round(time.monotonic() - began, 2), loss=loss.item(), **logs))
         if time.monotonic() - saved > training.save_seconds:
             save_state(state, net, optimizer, step + 1, curve, key); saved = time.monotonic()
     net.eval()

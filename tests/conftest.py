@@ -30,12 +30,12 @@ def tiny_bert(tmp_path_factory):
 
 
 TINY = dict(stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus", widths=[32, 16], dropouts=[0., .05],
-            shared_prior=True, flow_steps=2, seeds=1, samples=12, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
+            shared_prior=True, flow_steps=2, seeds=1, samples=12, peer_stories=4, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
             training={stage: dict(steps=3, lr=5e-3, batch=4, slots=64)
-                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "gpt2")},
+                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths", "masked", "gpt2")},
             sizes=dict(encoder=dict(width=32, layers=2, heads=2, inner=64), timing_gpt2=dict(width=32, layers=1, heads=2),
                        prior=dict(layers=1, inner=32, heads=4), flow=dict(hidden=32, depth=1, heads=4), metric=dict(inner=16),
-                       residual=dict(layers=1, inner=32, heads=4), head={}, aligner={}, gpt2=dict(width=32, layers=1, heads=2)))
+                       residual=dict(layers=1, inner=32, heads=4), head={}, aligner={}, klflow=dict(width=32, layers=1, heads=2, t_max=.4), gpt2=dict(width=32, layers=1, heads=2)))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def tiny_preset(tmp_path_factory, tiny_bert):
 @pytest.fixture(scope="session")
 def trained(tiny_preset, tmp_path_factory):
     "A study of the tiny preset with every part of every system trained for a few steps, in this process."
-    from latentrefine.autoencoder import AutoencoderConfig, train_autoencoder
+    from latentrefine.autoencoder import AutoencoderConfig, train_autoencoder, vocabulary_of
     from latentrefine.aligner import AlignerConfig, train_aligner
     from latentrefine.baselines.parallel import train_parallel
     from latentrefine.draft_prior import DraftPriorConfig, train_prior
@@ -61,6 +61,8 @@ def trained(tiny_preset, tmp_path_factory):
     from latentrefine.readout import ReadoutConfig, train_head
     from latentrefine.residual import ResidualConfig, train_residual
     from latentrefine.study import MAIN_RATE, Study, open_system
+    from latentrefine.systems.klflow import KLFlowConfig, train_klflow
+    from latentrefine.systems.lrd import train_masked
     from latentrefine.training import Training
 
     study = Study(tiny_preset, out=str(tmp_path_factory.mktemp("trained")))
@@ -82,4 +84,6 @@ def trained(tiny_preset, tmp_path_factory):
     mixed, _ = train_autoencoder(two.corpus(), two.encoder, AutoencoderConfig(d, d), study.kept, Training(steps=120, lr=.01, batch=8, slots=128), study.model(f"autoencoder-{d}-mixed"))
     train_aligner(corpus, two.encoder, mixed, AlignerConfig(d, **study.sizes("aligner")), (0., MAIN_RATE), few, study.model(f"aligner-{d}"))
     train_parallel(corpus, encoder, start.autoencoder, (0., MAIN_RATE), few, study.model(f"parallel-{d}"))
+    train_klflow(corpus, KLFlowConfig(**study.sizes("klflow")), vocabulary_of(study.batches["train"]), (0., MAIN_RATE), few, study.model("klflow"))
+    train_masked(corpus, encoder, start.autoencoder, (0., MAIN_RATE), few, study.model(f"masked-{d}"))
     return study

@@ -9,7 +9,7 @@ import pytest
 from latentrefine.core import ROOT, ROW_FIELDS
 from latentrefine.report import COLUMNS, TITLES, base_column, findings, published
 from latentrefine.reproduce import nodes
-from latentrefine.study import GIVEN, REALIGNED, REPORTED, Study, load_preset
+from latentrefine.study import GIVEN, MAIN_RATE, PEERS, REALIGNED, REPORTED, Study, load_preset
 
 RUNS = sorted(path.parent.name for path in (ROOT / "outputs").glob("*/report.html"))
 FACTS = {"notebook": str, "preset": str, "seconds": (int, float), "commit": str, "versions": str, "hardware": str,
@@ -46,7 +46,7 @@ def test_one_machine(run):
 
 
 SEEDED = {"table2": ("system", "width", "dropout"), "table3": ("system",), "table4": ("system", "share"), "table5": ("system", "steps"), "gaussian_start": ("system",),
-          "figure1": ("training_step",), "gpt2_comparison": ("system",), "misalignment": ("part", "draft", "dropout", "system"), "realign": ("part", "draft", "dropout", "system", "length", "group"), "basin": ("direction", "at"), "claims": ("claim", "system", "width", "scale", "reading", "layers")}
+          "figure1": ("training_step",), "gpt2_comparison": ("system",), "misalignment": ("part", "draft", "dropout", "system"), "realign": ("part", "draft", "dropout", "system", "length", "group"), "basin": ("direction", "at"), "systems": ("system", "mode", "draft", "dropout"), "claims": ("claim", "system", "width", "scale", "reading", "layers")}
 TEXTS = ("draft", "real targets", "other targets")      # rows of text that nothing was trained for
 
 
@@ -74,6 +74,22 @@ def test_no_system_and_no_rate_is_missing(run):
     assert {row["length"] for row in rows_of(run, "realign")} <= {"unknown", "known", GIVEN, "withheld"}
     assert {row["dropout"] for row in rows_of(run, "realign") if row["part"] == "curve" and row["system"] == "re-aligned"} == {0., .01, .02, .03, .05, .075, .10, .15, .20}
     assert {row["system"] for row in rows_of(run, "misalignment")} >= {"null model", "no-op", "DraftPrior", "long DraftPrior", "full", "oracle"}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_system_is_read_in_every_mode(run):
+    "Drafts with dropped tokens at four rates, and with [MASK]; texts at 5 % and from the prompt alone; what a peer's row cost."
+    rows = rows_of(run, "systems")
+    found = {(row["system"], row["mode"], row["draft"], row["dropout"]) for row in rows}
+    kinds = [("drop", 0.), ("drop", .03), ("drop", .05), ("drop", .10), ("mask", .05)]
+    assert {(name, mode, *kind) for kind in kinds for name, mode in (("no-op", "START"), ("full", "START"), ("re-aligned", "START"), ("KL-Flow", "START"), *((name, "COND") for name in PEERS))} <= found
+    assert {(name, "START", "mask", .05) for name in PEERS} <= found
+    assert {(name, "PROMPT", "none", None) for name in (*PEERS, "Gaussian start", "GPT-2")} | {(name, "ORACLE", "none", None) for name in ("oracle", *PEERS[:2])} <= found
+    for row in rows:
+        if row["mode"] in ("PROMPT", "text") or (row["draft"], row["dropout"]) == ("drop", MAIN_RATE): assert {"mauve", "mauve_floor", "ppl", "ppl_model", "distinct1", "diversity", "memorised", "repetition", "samples"} <= row.keys(), row["system"]
+        if row["system"] in PEERS and row["seed"] == min(r["seed"] for r in rows): assert {"training_seconds", "training_stories", "run_parameters", "ms_at_one", "ms_at_many", "nfe"} <= row.keys()
+    lrd, base = (next(row["nfe"] for row in rows if (row["system"], row["mode"], row["dropout"]) == (name, "PROMPT", None)) for name in ("LRD", "masked diffusion"))
+    assert base == 32 and lrd <= 1 + 8 + 32
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -105,7 +121,7 @@ def test_nothing_else_is_committed(run):
 def test_samples_recompute_the_text_metrics():
     "Anybody can have Table 5's distinct-1 again from the samples; those of real stories are not committed."
     from latentrefine.textmetrics import distinct_n
-    scored = [row for table in ("table5", "gpt2_comparison") for row in rows_of("quick", table)]
+    scored = [row for table in ("table5", "gpt2_comparison", "systems") for row in rows_of("quick", table) if row.get("samples")]
     assert {row["samples"] for row in scored} == {f"samples/{path.name}" for path in (ROOT / "outputs" / "quick" / "samples").iterdir()}
     for row in scored:
         texts = [json.loads(line)["output"] for line in (ROOT / "outputs" / "quick" / row["samples"]).read_text(encoding="utf-8").splitlines()]

@@ -6,20 +6,23 @@ import torch
 
 from latentrefine.core import CLS, MASK, PAD, SEP, VOCAB, StudyError
 from latentrefine.aligner import AlignerConfig, train_aligner
+from latentrefine.autoencoder import vocabulary_of
 from latentrefine.baselines.parallel import train_parallel
 from latentrefine.draft_prior import DraftPriorConfig, drafted, train_prior
 from latentrefine.encoder import Corpus
 from latentrefine.flow import FlowConfig, train_gaussian_flow
 from latentrefine.recoverability import token_scores
 from latentrefine.refiner import oracle
-from latentrefine.study import EVALUATION_SEED, MAIN_RATE, REALIGNED, SYSTEMS, Study, open_gaussian, open_system
+from latentrefine.study import EVALUATION_SEED, MAIN_RATE, PEERS, REALIGNED, SYSTEMS, Study, open_gaussian, open_system
+from latentrefine.systems.klflow import KLFlowConfig, train_klflow
+from latentrefine.systems.lrd import train_masked
 from latentrefine.training import Training
 
 GAUSSIAN = "Gaussian start"
 ALL = (*SYSTEMS, GAUSSIAN)
 FLOWS = ("local flow", "metric + OT", "fused readout", "full")
 HEADS = ("fused readout", "full")
-NO_LATENTS = ("re-aligned, tokens", "re-aligned, hard tokens", "insertion tagger", "parallel transformer")
+NO_LATENTS = ("re-aligned, tokens", "re-aligned, hard tokens", "insertion tagger", "parallel transformer", *PEERS)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,7 @@ def drafts(study): return study.drafts(.10, count=4)
 
 def networks(system):
     "The networks a system may call, each once."
+    if system.name in PEERS: return [system.net]
     if system.name == "parallel transformer": return [system.net, system.net.reader]
     parts = ("prior", "flow", "metric", "residual", "head", "aligner")
     own = [system.encoder.names] if getattr(system, "way", "") == "masked LM" else []
@@ -52,13 +56,16 @@ def same(a, b):
 def test_shapes_and_honest_counts(systems, drafts, name, steps):
     calls = []
     hooks = [net.register_forward_hook(lambda *_: calls.append(1)) for net in networks(systems[name])]
-    out = systems[name].slot_logits(drafts, steps, 1)
+    systems[name].slot_logits(drafts.rows([0]), steps, 1)
+    counted = len(calls)
     for hook in hooks: hook.remove()
+    assert systems[name].slot_logits(drafts.rows([0]), steps, 1).nfe == counted
+    out = systems[name].slot_logits(drafts, steps, 1)
     assert out.logits.shape == (4, 32, VOCAB) and out.logits.dtype == torch.float32 and out.logits.isfinite().all()
     assert out.tokens.shape == (4, 32)
     if name in NO_LATENTS: assert out.latents is None
     else: assert out.latents.shape == (4, 32, 32) and out.latents.isfinite().all()
-    assert not out.logits.requires_grad and out.nfe == len(calls)
+    assert not out.logits.requires_grad and systems[name].vocabulary == "corpus"
     assert systems[name].name == name
 
 
@@ -102,6 +109,21 @@ def test_held_gaps_are_taken_at_their_word(systems, study, name):
     for row, where in zip(gaps, kept): assert ((torch.arange(32) + row[:32].cumsum(0))[:int(where.sum())] == where.nonzero().squeeze(1)).all()
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_modes(systems, study, drafts, name):
+    "The draft is read as context, as a start or not at all; in the mode ORACLE alone the target is."
+    other = replace(drafts, draft_ids=drafts.draft_ids.flip(0), draft_mask=drafts.draft_mask.flip(0))
+    foreign = replace(drafts, target_ids=drafts.target_ids.flip(0), target_mask=drafts.target_mask.flip(0))
+    for mode in ("COND", "START", "PROMPT", "ORACLE"):
+        reader = replace(systems[name], mode=mode)
+        out = reader.slot_logits(drafts, 2, 1)
+        assert same(reader.slot_logits(other, 2, 1), out) == (mode in ("PROMPT", "ORACLE")), mode
+        assert same(reader.slot_logits(foreign, 2, 1), out) == (mode != "ORACLE"), mode
+    held = study.drafts(.3, count=6, kind="mask")
+    visible, started = held.draft_mask & (held.draft_ids != MASK), replace(systems[name], mode="START").slot_logits(held, 2, 1)
+    if name != "KL-Flow": assert torch.equal(started.tokens[visible], held.draft_ids[visible])
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_draft_is_read(systems, drafts, name):
     other = replace(drafts, draft_ids=drafts.draft_ids.where(drafts.draft_ids == SEP, 2003).where(drafts.draft_mask, PAD))
@@ -115,7 +137,7 @@ def test_padding_reaches_no_valid_slot(systems, drafts, name):
     filled = replace(drafts, prompt_ids=drafts.prompt_ids.where(drafts.prompt_mask, junk), draft_ids=drafts.draft_ids.where(drafts.draft_mask, junk))
     for ours, theirs in ((drafts, filled), (drafts.told(), filled.told())):
         a, b = systems[name].slot_logits(ours, 2, 1), systems[name].slot_logits(theirs, 2, 1)
-        slots = torch.ones_like(drafts.draft_mask) if name in (*REALIGNED, "parallel transformer") else drafts.draft_mask       # these write beyond the draft
+        slots = torch.ones_like(drafts.draft_mask) if name in (*REALIGNED, "parallel transformer", *PEERS) else drafts.draft_mask       # these write beyond the draft
         assert torch.allclose(a.logits[slots], b.logits[slots], atol=1e-5)
         if a.latents is not None: assert torch.allclose(a.latents[slots], b.latents[slots], atol=1e-5)
 
@@ -123,9 +145,9 @@ def test_padding_reaches_no_valid_slot(systems, drafts, name):
 @pytest.mark.parametrize("name", ALL)
 def test_one_story_is_many(systems, drafts, name):
     many = systems[name].slot_logits(drafts, 2, 1)
-    for row in range(len(drafts)):
-        one = systems[name].slot_logits(drafts.rows([row]), 2, 1)
-        assert torch.allclose(one.logits[0], many.logits[row], atol=1e-3) and one.nfe == many.nfe
+    each = [systems[name].slot_logits(drafts.rows([row]), 2, 1) for row in range(len(drafts))]
+    for row, one in enumerate(each): assert torch.allclose(one.logits[0], many.logits[row], atol=1e-3)
+    assert sum(one.nfe for one in each) / len(each) == pytest.approx(many.nfe)
 
 
 def test_a_draft_without_drops_and_one_of_the_end_alone(systems, study):
@@ -153,7 +175,7 @@ def test_the_seed_is_for_noise_alone(systems, drafts, name):
     assert same(systems[name].slot_logits(drafts, 2, 1), out)
     torch.manual_seed(99)                                     # nor does the global generator matter
     assert same(systems[name].slot_logits(drafts, 2, 1), out)
-    assert same(systems[name].slot_logits(drafts, 2, 2), out) == (name != GAUSSIAN)
+    assert same(systems[name].slot_logits(drafts, 2, 2), out) == (name not in (GAUSSIAN, "KL-Flow"))
 
 
 def test_the_gaussian_start_ignores_the_draft(systems, drafts):
@@ -228,7 +250,9 @@ MAKE = {"prior": lambda c, f: train_prior(*c, DraftPriorConfig(32, layers=1, hea
         "gaussian": lambda c, f: train_gaussian_flow(*c, FlowConfig(32, hidden=32, depth=1, heads=4), *f),
         "aligner": lambda c, f: train_aligner(*c, AlignerConfig(32), (.05,), *f),
         "jointly": lambda c, f: train_aligner(*c, AlignerConfig(32, joint_weight=1., share=.5), (.05,), *f),
-        "parallel": lambda c, f: train_parallel(*c, (.05,), *f)}
+        "parallel": lambda c, f: train_parallel(*c, (.05,), *f),
+        "klflow": lambda c, f: train_klflow(c[0], KLFlowConfig(32, layers=1, heads=2), vocabulary_of(c[0].batch), (.05,), *f),
+        "masked": lambda c, f: train_masked(*c, (.05,), *f)}
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
@@ -243,7 +267,7 @@ def test_training_is_repeatable(study, systems, tmp_path, make):
     assert weights[0] == weights[1] != weights[2]
 
 
-@pytest.mark.parametrize("name", ("aligner", "jointly", "parallel"))
+@pytest.mark.parametrize("name", ("aligner", "jointly", "parallel", "klflow", "masked"))
 def test_interrupted_and_resumed_is_the_same(study, systems, tmp_path, monkeypatch, name):
     "Ctrl-C after any step, and the next run ends with the same weights."
     parts, training = (study.corpus(), study.encoder, systems["no-op"].autoencoder), Training(steps=4, batch=4, slots=64, save_seconds=0)

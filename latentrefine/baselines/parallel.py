@@ -78,6 +78,9 @@ class Parallel:
     @property
     def layers(self): return self.encoder.layers
 
+    @property
+    def vocabulary(self): return self.autoencoder.vocabulary
+
     @torch.no_grad()
     def slot_logits(self, batch, steps=0, seed=0):
         "One pass, and the reader; deterministic, so `steps` and `seed` are not used."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'PLAIN', 'MODES', 'CHUNK', 'MaskedDiffusion', 'masked_shares', 'train_masked', 'load_masked', 'entropy',
-           'nucleus', 'soft_vectors', 'LRDConfig', 'divergence', 'Slots', 'surest', 'decode', 'LRD']
+           'nucleus', 'soft_vectors', 'LRDConfig', 'movement', 'divergence', 'Slots', 'surest', 'decode', 'LRD']
 
 # %% ../../nbs/systems/42_lrd.ipynb #c02
 import json
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..aligner import trainable_copy
-from ..autoencoder import load_autoencoder, over_vocabulary
+from ..autoencoder import load_autoencoder, over_vocabulary, vocabulary_name
 from ..core import CLS, MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator, write_text
 from ..drafts import with_drafts
 from ..encoder import Encoder
@@ -114,16 +114,20 @@ class LRDConfig:
     refine: int = 8             # T_refine, passes of the first phase, at most
     tau_refine: float = .01     # the first phase ends when KL falls below it, nats
     tau_decode: float = .001    # all that is left is committed when KL falls below it, nats; 0: never
-    commits: int = 1            # slots committed a pass
+    commits: int = 1            # slots committed a pass; 0: those whose KL is below tau_refine, one at least
 
 
 PLAIN = LRDConfig(r_f=0., refine=0, tau_decode=0.)       # the baseline
 
 
-def divergence(p, q, where):
-    "Mean KL(p || q) in nats [batch] of distributions [batch, slots, vocab] over the slots `where`; infinite where there is none."
-    each = (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(min=1e-30))).sum(-1) * where
-    return torch.where(where.any(1), each.sum(1) / where.sum(1).clamp(min=1), torch.inf)
+def movement(p, q):
+    "KL(p || q) in nats [...] of distributions [..., vocab]."
+    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(min=1e-30))).sum(-1)
+
+
+def divergence(moved, where):
+    "Mean movement [batch] over the slots `where` [batch, slots]; infinite where there is none."
+    return torch.where(where.any(1), (moved * where).sum(1) / where.sum(1).clamp(min=1), torch.inf)
 
 # %% ../../nbs/systems/42_lrd.ipynb #c14
 class Slots:
@@ -152,6 +156,7 @@ def decode(look, slots, net, config, truth=None):
     """Settle all open slots. `look(rows, vectors)` gives logits [rows, 32, kept] of the stories `rows` from word vectors of their target slots;
     `truth` [batch, 32]: words to commit in place of the model's own."""
     kept, table, bare = net.reader.kept, net.word_vectors[net.reader.kept], net.word_vectors[MASK]
+    still = torch.zeros_like(slots.open)
     def shown(rows, p):
         soft = bare if p is None else soft_vectors(p, table, bare, config.r_f, config.top_p)
         return torch.where(slots.open[rows][..., None], soft, net.word_vectors[slots.ids[rows]])
@@ -160,7 +165,8 @@ def decode(look, slots, net, config, truth=None):
         logits = look(rows, shown(rows, p))
         after, moved = logits.softmax(-1), torch.full((len(slots.ids),), torch.nan, device=rows.device)
         if p is not None:
-            moved[rows] = divergence(p, after, slots.open[rows])
+            each = movement(p, after)
+            moved[rows], still[rows] = divergence(each, slots.open[rows]), (each < config.tau_refine) & (config.commits == 0)
             slots.divergences.append(moved)
         return logits, after, moved[rows]
     def commit(rows, chosen, logits, step): slots.settle(rows, chosen, logits, kept[logits.argmax(-1)] if truth is None else truth[rows], step)
@@ -174,7 +180,8 @@ def decode(look, slots, net, config, truth=None):
         logits[looking], p[looking], moved = look_again(live[looking], p[looking])
         looking = looking[moved >= config.tau_refine]
     while True:                                                       # the surest first
-        commit(live, surest(p, slots.open[live], config.commits), logits, step := step + 1)
+        chosen = surest(p, slots.open[live], max(1, config.commits)) | still[live] & slots.open[live]
+        commit(live, chosen, logits, step := step + 1)
         going = slots.open[live].any(1)
         live, p = live[going], p[going]
         if not len(live): return
@@ -203,6 +210,9 @@ class LRD:
 
     @property
     def width(self): return self.encoder.width
+
+    @property
+    def vocabulary(self): return vocabulary_name(self.net.reader.kept)
 
     @torch.no_grad()
     def slot_logits(self, batch, steps=0, seed=0):
