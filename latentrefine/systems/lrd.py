@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'PLAIN', 'MODES', 'CHUNK', 'MaskedDiffusion', 'masked_shares', 'train_masked', 'load_masked', 'entropy',
-           'nucleus', 'soft_vectors', 'LRDConfig', 'movement', 'divergence', 'Slots', 'surest', 'decode', 'LRD']
+           'nucleus', 'soft_vectors', 'LRDConfig', 'movement', 'mean_by_story', 'Slots', 'surest', 'decode', 'LRD']
 
 # %% ../../nbs/systems/42_lrd.ipynb #c02
 import json
@@ -30,7 +30,7 @@ NEVER = (MASK, CLS)          # no answers; other special entries are never seen 
 
 
 class MaskedDiffusion(nn.Module):
-    "Logits [batch, 32, kept] of the target slots; [MASK] and [CLS] have probability 0 in fp32."
+    "Logits [n, kept] of n target slots; [MASK] and [CLS] have probability 0 in fp32."
     def __init__(self, bert, autoencoder):
         super().__init__()
         self.bert, self.reader = trainable_copy(bert), copy_reader(autoencoder.decoder, autoencoder.config.width).requires_grad_(True)
@@ -42,15 +42,15 @@ class MaskedDiffusion(nn.Module):
         "The frozen word matrix [30522, inner]."
         return self.bert.embeddings.word_embeddings.weight
 
-    def forward(self, batch, draft_mask, vectors):
-        "From prompts, from drafts where `draft_mask` [batch, 32] is True, and from word vectors [batch, 32, inner] of the target slots."
+    def forward(self, batch, draft_mask, vectors, where):
+        "Of the slots `where` [batch, 32], from prompts, from drafts where `draft_mask` [batch, 32] is True, and from word vectors [batch, 32, inner] of the target slots."
         there = torch.ones_like(draft_mask)
         mask = torch.cat([batch.prompt_mask, draft_mask, there], 1)
         kinds = torch.cat([0 * batch.prompt_ids, 0 * batch.draft_ids, torch.ones_like(batch.draft_ids)], 1)
         given = torch.cat([batch.prompt_ids, batch.draft_ids], 1).where(mask[:, :-TARGET_SLOTS], PAD)
         vectors = torch.cat([self.word_vectors[given], vectors], 1)
         states = self.bert(inputs_embeds=vectors, attention_mask=mask.long(), token_type_ids=kinds).last_hidden_state[:, -TARGET_SLOTS:]
-        return self.reader((states - self.mean) / self.scale).float().masked_fill(self.never, -1e4)
+        return self.reader((states[where] - self.mean) / self.scale).float().masked_fill(self.never, -1e4)
 
 # %% ../../nbs/systems/42_lrd.ipynb #c07
 def masked_shares(count, gen):
@@ -69,8 +69,8 @@ def train_masked(corpus, encoder, autoencoder, dropouts, training, folder):
         batch = with_drafts(batch, rate, generator(training.seed, "draft", "train", step)).to(device())
         t, read = masked_shares(len(batch), gen), torch.rand(len(batch), 1, generator=gen) < .5
         hidden = (torch.rand(len(batch), TARGET_SLOTS, generator=gen) < t[:, None]).to(device())
-        logits = net(batch, batch.draft_mask & read.to(device()), net.word_vectors[batch.target_ids.where(~hidden, MASK)])
-        ce = F.cross_entropy(logits[hidden], net.reader.classes[batch.target_ids[hidden]], reduction="none")
+        logits = net(batch, batch.draft_mask & read.to(device()), net.word_vectors[batch.target_ids.where(~hidden, MASK)], hidden)
+        ce = F.cross_entropy(logits, net.reader.classes[batch.target_ids[hidden]], reduction="none")
         weight = (1 / t)[:, None].expand(-1, TARGET_SLOTS).to(device())[hidden]
         words = ce.detach()[batch.target_mask[hidden]]
         return (weight * ce).sum() / hidden.numel(), dict(ce=words.mean().item(), target_probability=words.neg().exp().mean().item())
@@ -91,13 +91,15 @@ def entropy(p):
     return torch.special.entr(p).sum(-1)
 
 
-def nucleus(p, top_p):
-    "p [..., vocab] among the fewest most probable words that reach `top_p`; all zero at 0."
+def nucleus(p, top_p, first=1024):
+    "p [..., vocab] among the fewest most probable words that reach `top_p`; all zero at 0. Where the `first` words do not reach it, all are looked at."
     if top_p <= 0: return torch.zeros_like(p)
     if top_p >= 1: return p
-    ordered, order = p.sort(-1, descending=True)
+    ordered, order = p.topk(min(first, p.shape[-1]), -1)
     inside = ordered.cumsum(-1) - ordered < top_p                 # what stands before a word has not reached it yet
     kept = torch.zeros_like(p).scatter(-1, order, ordered * inside)
+    short = inside.all(-1) & (first < p.shape[-1])
+    if short.any(): kept[short] = nucleus(p[short], top_p, p.shape[-1])
     return kept / kept.sum(-1, keepdim=True)
 
 
@@ -125,9 +127,10 @@ def movement(p, q):
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(min=1e-30))).sum(-1)
 
 
-def divergence(moved, where):
-    "Mean movement [batch] over the slots `where` [batch, slots]; infinite where there is none."
-    return torch.where(where.any(1), (moved * where).sum(1) / where.sum(1).clamp(min=1), torch.inf)
+def mean_by_story(values, is_open):
+    "Mean of the values [n] of the open slots of each story, [stories]; `is_open` [stories, 32] has n of them, at least one a story."
+    story = is_open.nonzero()[:, 0]
+    return torch.zeros(len(is_open), device=values.device).index_add_(0, story, values) / is_open.sum(1)
 
 # %% ../../nbs/systems/42_lrd.ipynb #c14
 class Slots:
@@ -138,57 +141,61 @@ class Slots:
         self.order = torch.full_like(ids, -1)        # at which commit a slot was settled
         self.divergences = []                        # KL between neighbouring passes, [batch] each, nan where a story had ended
 
-    def settle(self, rows, chosen, logits, words, step):
-        "Commit the slots `chosen` [rows, 32] of the stories `rows` to `words` [rows, 32]; `logits` [rows, 32, kept] are what was read there."
-        self.ids[rows] = torch.where(chosen, words, self.ids[rows])
-        self.logits[rows] = torch.where(chosen[..., None], logits, self.logits[rows])
-        self.order[rows] = torch.where(chosen, step, self.order[rows])
-        self.open[rows] = self.open[rows] & ~chosen
+    def settle(self, live, chosen, logits, words, step):
+        "Commit n of the open slots of the stories `live`, those that `chosen` [open] picks, to `words` [n]; `logits` [n, kept] are what was read there."
+        story, slot = (index[chosen] for index in self.open[live].nonzero(as_tuple=True))
+        place = live[story], slot
+        self.ids[place], self.logits[place], self.order[place], self.open[place] = words, logits, step, False
 
 # %% ../../nbs/systems/42_lrd.ipynb #c15
 def surest(p, is_open, count):
-    "The `count` open slots of each story with the least entropy, bool [batch, 32]; `p` [batch, 32, vocab]."
-    unsure = torch.where(is_open, entropy(p), torch.inf)
-    return torch.zeros_like(is_open).scatter(1, unsure.topk(count, largest=False).indices, True) & is_open
+    "Which of the open slots, bool [n], are the `count` of their story with the least entropy; `p` [n, vocab] of the n slots that `is_open` [stories, 32]."
+    unsure = torch.full(is_open.shape, torch.inf, device=p.device).masked_scatter(is_open, entropy(p))
+    return torch.zeros_like(is_open).scatter(1, unsure.topk(count, largest=False).indices, True)[is_open]
 
 
 def decode(look, slots, net, config, truth=None):
-    """Settle all open slots. `look(rows, vectors)` gives logits [rows, 32, kept] of the stories `rows` from word vectors of their target slots;
-    `truth` [batch, 32]: words to commit in place of the model's own."""
+    """Settle all open slots. `look(rows, vectors, where)` gives logits [n, kept] of the n slots `where` [rows, 32] of the stories `rows`, from word vectors of their
+    target slots; `truth` [batch, 32]: words to commit in place of the model's own."""
     kept, table, bare = net.reader.kept, net.word_vectors[net.reader.kept], net.word_vectors[MASK]
-    still = torch.zeros_like(slots.open)
-    def shown(rows, p):
-        soft = bare if p is None else soft_vectors(p, table, bare, config.r_f, config.top_p)
-        return torch.where(slots.open[rows][..., None], soft, net.word_vectors[slots.ids[rows]])
-    def look_again(rows, p):
-        slots.passes[rows] += 1
-        logits = look(rows, shown(rows, p))
-        after, moved = logits.softmax(-1), torch.full((len(slots.ids),), torch.nan, device=rows.device)
-        if p is not None:
-            each = movement(p, after)
-            moved[rows], still[rows] = divergence(each, slots.open[rows]), (each < config.tau_refine) & (config.commits == 0)
-            slots.divergences.append(moved)
-        return logits, after, moved[rows]
-    def commit(rows, chosen, logits, step): slots.settle(rows, chosen, logits, kept[logits.argmax(-1)] if truth is None else truth[rows], step)
+    compares, mixes = config.refine or config.tau_decode or not config.commits, config.r_f > 0 and config.top_p > 0
+    def look_again(live, p):
+        "(logits, probabilities, how far each open slot moved, how far its story did) after a pass in which open slots show p [n, kept]."
+        is_open, vectors = slots.open[live], net.word_vectors[slots.ids[live]]
+        if p is not None and mixes: vectors[is_open] = soft_vectors(p, table, bare, config.r_f, config.top_p)
+        slots.passes[live] += 1
+        logits = look(live, vectors, is_open)
+        after = logits.softmax(-1)
+        if p is None or not compares: return logits, after, torch.full_like(after[:, 0], torch.inf), torch.full_like(live, torch.inf, dtype=after.dtype)
+        each = movement(p, after)
+        moved = torch.full((len(slots.ids),), torch.nan, device=each.device)
+        moved[live] = mean_by_story(each, is_open)
+        slots.divergences.append(moved)
+        return logits, after, each, moved[live]
+    def commit(live, chosen, logits, step):
+        words = kept[logits[chosen].argmax(-1)] if truth is None else truth[live][slots.open[live]][chosen]
+        slots.settle(live, chosen, logits[chosen], words, step)
 
     live, step = slots.open.any(1).nonzero().squeeze(1), 0
     if not len(live): return
-    logits, p, _ = look_again(live, None)
-    looking = torch.arange(len(live), device=live.device)
+    logits, p, each, _ = look_again(live, None)
+    story, looking = slots.open[live].nonzero()[:, 0], torch.ones_like(live, dtype=torch.bool)
     for _ in range(config.refine):                                    # nothing is decided yet
-        if not len(looking): break
-        logits[looking], p[looking], moved = look_again(live[looking], p[looking])
-        looking = looking[moved >= config.tau_refine]
+        if not looking.any(): break
+        where = looking[story]
+        logits[where], p[where], each[where], moved = look_again(live[looking], p[where])
+        looking[looking.clone()] = moved >= config.tau_refine
     while True:                                                       # the surest first
-        chosen = surest(p, slots.open[live], max(1, config.commits)) | still[live] & slots.open[live]
+        chosen = surest(p, slots.open[live], max(1, config.commits))
+        if not config.commits: chosen |= each < config.tau_refine
         commit(live, chosen, logits, step := step + 1)
-        going = slots.open[live].any(1)
-        live, p = live[going], p[going]
+        live, p = live[slots.open[live].any(1)], p[~chosen]
         if not len(live): return
-        logits, after, moved = look_again(live, p)
+        logits, after, each, moved = look_again(live, p)
         done = moved < config.tau_decode
-        commit(live, slots.open[live] & done[:, None], logits, step + 1)
-        live, logits, p = live[~done], logits[~done], after[~done]
+        ended = done[slots.open[live].nonzero()[:, 0]]
+        commit(live, ended, logits, step + 1)
+        live, logits, p, each = live[~done], logits[~ended], after[~ended], each[~ended]
         if not len(live): return
 
 # %% ../../nbs/systems/42_lrd.ipynb #c17
@@ -228,8 +235,8 @@ class LRD:
         ids = batch.draft_ids.where(copied, MASK)
         sure = F.one_hot(self.net.reader.classes[ids], len(kept)).float().clamp(min=1e-9).log()
         slots = Slots(ids, ~copied, sure)
-        def look(rows, vectors):
-            with autocast(self.encoder.precision): return self.net(batch.rows(rows), draft_mask[rows], vectors)
+        def look(rows, vectors, where):
+            with autocast(self.encoder.precision): return self.net(batch.rows(rows), draft_mask[rows], vectors, where)
         decode(look, slots, self.net, self.config, batch.target_ids if self.mode == "ORACLE" else None)
         return slots
 
