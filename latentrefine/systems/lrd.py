@@ -20,7 +20,7 @@ from torch import nn
 
 from ..aligner import trainable_copy
 from ..autoencoder import load_autoencoder, over_vocabulary, vocabulary_name
-from ..core import CLS, MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator, write_text
+from ..core import CLS, MASK, PAD, TARGET_SLOTS, VOCAB, RefineOutput, autocast, device, generator, write_text
 from ..drafts import with_drafts
 from ..encoder import Encoder
 from ..readout import copy_reader
@@ -140,10 +140,10 @@ def mean_by_story(values, is_open):
 # %% ../../nbs/systems/42_lrd.ipynb #c14
 class Slots:
     "The target slots of a batch while they are decoded: ids, which are open, what was read when a slot was settled, and passes a story."
-    def __init__(self, ids, is_open, logits):
-        self.ids, self.open, self.logits = ids.clone(), is_open.clone(), logits
+    def __init__(self, ids, is_open, kept):
+        self.ids, self.open, self.logits = ids.clone(), is_open.clone(), torch.zeros(*ids.shape, kept, device=ids.device)
         self.passes = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        self.order = torch.full_like(ids, -1)        # at which commit a slot was settled
+        self.order = torch.full_like(ids, -1)        # at which commit a slot was settled; -1: it never was open
         self.divergences = []                        # KL between neighbouring passes, [batch] each, nan where a story had ended
 
     def settle(self, live, chosen, logits, words, step):
@@ -231,15 +231,15 @@ class LRD:
         "Commit-time logits; deterministic, and the number of passes follows from the stories, so that `steps` and `seed` are not used. `nfe` is a mean over stories."
         done = [self.settled(part) for part in batch.to(device()).chunks(CHUNK)]
         logits = over_vocabulary(torch.cat([slots.logits for slots in done]), self.net.reader.kept)
+        taken = torch.cat([slots.order for slots in done]) == -1                  # from the draft, as they are
+        logits[taken] = F.one_hot(torch.cat([slots.ids for slots in done])[taken], VOCAB).float().clamp(min=1e-9).log()
         return RefineOutput(logits, None, torch.cat([slots.passes for slots in done]).float().mean().item())
 
     def settled(self, batch):
         "The `Slots` of one chunk, decoded."
-        kept, draft_mask = self.net.reader.kept, batch.draft_mask & (self.mode == "COND")
+        draft_mask = batch.draft_mask & (self.mode == "COND")
         copied = batch.draft_mask & (batch.draft_ids != MASK) if self.mode == "START" else torch.zeros_like(batch.draft_mask)
-        ids = batch.draft_ids.where(copied, MASK)
-        sure = F.one_hot(self.net.reader.classes[ids], len(kept)).float().clamp(min=1e-9).log()
-        slots = Slots(ids, ~copied, sure)
+        slots = Slots(batch.draft_ids.where(copied, MASK), ~copied, len(self.net.reader.kept))
         def look(rows, vectors, where):
             with autocast(self.encoder.precision): return self.net(batch.rows(rows), draft_mask[rows], vectors, where)
         decode(look, slots, self.net, self.config, batch.target_ids if self.mode == "ORACLE" else None)
