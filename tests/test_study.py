@@ -33,7 +33,7 @@ from latentrefine.study import REPORTED, SYSTEMS, Study, load_preset
 from latentrefine.training import Training, read_model, read_state, save_model
 
 PROVENANCE = ("notebook", "preset", "seconds", "commit", "versions", "hardware")
-EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "claims")
+EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "systems", "klflow", "lrd", "claims")
 
 
 def call(*words):
