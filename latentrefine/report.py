@@ -129,7 +129,7 @@ COLUMNS = {  # column -> what it holds
     "aligned_top1": "top-1 after the same", "gain": "target probability minus that of the no-op (Table 2) or of DraftPrior (Table 3), paired over stories",
     "over_no_op": "target probability minus that of the no-op, paired over stories", "over_local_flow": "target probability minus that of the local flow, paired over stories",
     "cosine": "cosine of the system's latents with the real ones", "cosine_bert": "the same before the latents are normalised", "mse": "mean squared difference from the real latents",
-    "norm_ratio": "length of the system's latents over that of the real ones", "nfe": "passes through a network a story", "entropy": "entropy of a slot's distribution, nats",
+    "norm_ratio": "length of the system's latents over that of the real ones", "nfe": "passes through a network a story; a pass of KL-Flow or masked diffusion includes its output layer", "entropy": "entropy of a slot's distribution, nats",
     "frequent": "the five most frequent tokens and their shares of the slots", "frequent_share": "share of the slots that they fill together", "signs_n": "stories behind entropy and frequent tokens",
     "share": "in Table 4 the share of the way to the real latent; in misalignment the share of target tokens expected on their slot", "simulated": "that share in simulated drafts",
     "direction": "where a real latent is moved", "half_radius": "how far, in lengths of the latent, until the word's probability halves", "unmoved": "target probability at the real latent",
@@ -147,7 +147,8 @@ COLUMNS = {  # column -> what it holds
     "mode": "how the draft enters: as the state that is refined (START), as context (COND), not at all (PROMPT); ORACLE: the target enters; text: a text as it is", "missing": "target probability in the slots whose token the draft masks",
     "diversity": "product of distinct-2, -3 and -4", "memorised": "share of 4-grams of words that occur in the training stories", "written": "slots before the end marker that are no padding",
     "training_stories": "stories seen in training, with repetition, the autoencoder's not counted", "training_seconds": "seconds of training of all its networks, the first seed", "run_parameters": "numbers in all networks that a call runs through, frozen ones too, millions",
-    "ms_at_one": "milliseconds a story, one story a call", "ms_at_many": "milliseconds a story at the largest batch up to 64", "t": "time on the path from noise (0) to the word (1)", "switch": "the time t* from which the hybrid draws",
+    "ms_at_one": "milliseconds a story at the smallest batch of the preset, one story but for own presets", "ms_at_many": "milliseconds a story at its largest batch up to 64",
+    "nats_in_all": "nats on all 32 slots, padding too, for each valid slot", "tau_decode": "divergence below which all that is left is settled, nats", "t": "time on the path from noise (0) to the word (1)", "switch": "the time t* from which the hybrid draws",
     "kl": "divergence of the state from its word, nats, mean of draws", "kl_closed_form": "the same by formula", "r_f": "greatest share of words in a soft slot", "top_p": "probability mass of the words in a soft slot",
     "split": "train, validation or test", "stories": "stories in the split", "distinct_stories": "different ones", "vocabulary": "different word pieces", "mean_target_slots": "mean length of a target, slots",
     "targets_truncated": "share of targets that 32 slots cut", "prompts_truncated": "share of prompts that 32 slots cut", "targets_repeated": "share of targets that occur more than once",
@@ -246,6 +247,7 @@ def reader_of(folder):
         found = [row[column] for row in rows if all(row.get(k) == v for k, v in where.items())]
         if not found: raise StudyError(f"{folder}, table {table}: no row with {where}")
         return sum(found) / len(found)
+    value.folder = Path(folder)
     return value
 
 # %% ../nbs/61_report.ipynb #c35
@@ -310,17 +312,19 @@ def systems_line(value, rate=.05):
     "The systems of other papers beside DCLR and the re-aligned one."
     def read(system, mode, column="target_probability", **where): return value("systems", column, system=system, mode=mode, **(where or dict(draft="drop", dropout=rate)))
     whole = dict(draft="drop", dropout=0.)
+    lost = {name: read(name, "START", **whole) - read(name, "START") for name in ("no-op", "KL-Flow")}
+    judge = next(row["ppl_model"] for row in load_rows(value.folder / "tables" / "systems.json") if row.get("ppl_model"))
     def text(system, column): return value("systems", column, system=system, mode="PROMPT")
     return (f"**Side by side** (systems). On {read('full', 'START', 'n'):.0f} test stories at 5 % the re-aligned system reads {read('re-aligned', 'START'):.3f}, the report's full system {read('full', 'START'):.3f}, KL-Flow with the draft as context {read('KL-Flow', 'COND'):.3f}, a masked diffusion model {read('masked diffusion', 'COND'):.3f}, the same decoded by Latent Refinement Decoding {read('LRD', 'COND'):.3f} in {read('LRD', 'COND', 'nfe'):.1f} passes for {read('masked diffusion', 'COND', 'nfe'):.1f}. "
-            f"Started from the draft, slot by slot, KL-Flow reads {read('KL-Flow', 'START', **whole):.3f} of whole drafts and {read('KL-Flow', 'START'):.3f} at 5 %: a dropped token displaces what is behind it there too. From the prompt alone their perplexity is {text('KL-Flow', 'ppl'):,.0f}, {text('masked diffusion', 'ppl'):,.0f} and {text('LRD', 'ppl'):,.0f}; that of a small GPT-2 trained on the same stories {text('GPT-2', 'ppl'):,.0f}.")
+            f"Started from the draft, slot by slot, KL-Flow reads {read('KL-Flow', 'START', **whole):.3f} of whole drafts and {read('KL-Flow', 'START'):.3f} at 5 %{': a dropped token displaces what is behind it there too' if lost['KL-Flow'] > .5 * lost['no-op'] else ''}. From the prompt alone their perplexity under {judge} is {text('KL-Flow', 'ppl'):,.0f}, {text('masked diffusion', 'ppl'):,.0f} and {text('LRD', 'ppl'):,.0f}; that of a GPT-2's own, sampled texts {text('GPT-2', 'ppl'):,.0f}, of real targets {value('systems', 'ppl', system='real targets'):,.0f}.")
 
 
 def systems_table(folder, rate=.05):
     "The lines of the table `systems` at 5 % and from the prompt alone, as Markdown."
     table = pd.read_csv(Path(folder) / "tables" / "systems.csv")
-    table = table[(table.dropout == rate) | table["mode"].isin(("PROMPT", "ORACLE"))].rename(columns={"training_stories": "stories seen", "training_seconds": "seconds", "run_parameters": "M", "ms_at_one": "ms at 1", "ms_at_many": "ms at 64"})
-    shown = table[["system", "mode", "draft", "target_probability", "missing", "ce", "aligned_probability", "ppl", "diversity", "nfe", "stories seen", "seconds", "M", "ms at 1", "ms at 64"]]
-    return shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=(*[""] * 3, *[".3f"] * 2, ".2f", ".3f", ".0f", ".3f", ".1f", ".0f", ".0f", ".1f", ".0f", ".0f"), missingval="-")
+    table = table[(table.dropout == rate) | table["mode"].isin(("PROMPT", "ORACLE"))].rename(columns={"training_stories": "stories seen", "training_seconds": "seconds", "run_parameters": "M", "ms_at_one": "ms, one a call", "ms_at_many": "ms, many"})
+    shown = table[["system", "mode", "draft", "target_probability", "missing", "ce", "aligned_probability", "ppl", "diversity", "nfe", "stories seen", "seconds", "M", "ms, one a call", "ms, many"]]
+    return shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=(*[""] * 3, *[".3f"] * 2, ".2f", ".3f", ".0f", ".3f", ".1f", ".0f", ".0f", ".1f", ".3g", ".3g"), missingval="-")
 
 
 def claim_line(folder):

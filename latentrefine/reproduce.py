@@ -33,7 +33,7 @@ from .notebooks import EXPERIMENTS, die_with_parent, lock
 from .refiner import EXCHANGED, PUT_IN, oracle, refine_text
 from .report import PUBLISHED
 from .stories import read_stories, slot_stories
-from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, GIVEN, IN_DOMAIN, KLFLOW_WAYS, MAIN_RATE, REPORTED, SOURCES, SYSTEMS, Study, aligner_name, klflow_name, measure, open_system, percent, prior_name, prior_rates, row_of, stories_mark
+from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, GIVEN, IN_DOMAIN, KLFLOW_WAYS, MAIN_RATE, REPORTED, SOURCES, SYSTEMS, Study, aligner_name, klflow_name, measure, open_system, percent, prior_name, prior_rates, row_of, steps_for, stories_mark
 
 # %% ../nbs/62_reproduce.ipynb #c05
 COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")
@@ -82,7 +82,7 @@ def stage_nodes(study):
     nodes += stage(f"residual-{place}", "residual", [prior_name(study, full, MAIN_RATE)], "residual", ("residual",))
     nodes += stage(f"gaussian-{full}", "gaussian_flow", [f"autoencoder-{full}"], "gaussian", ("flow",))
     def aligners(*variant, **parameters): return stage(aligner_name(full, *variant), "aligner", [f"autoencoder-{full}-mixed"], "aligner", ("aligner",), dropouts=prior_rates(study), **parameters)
-    nodes += aligners() + [aligners(part, part=part)[0] for part in ALIGNER_PARTS] 
+    nodes += aligners() + [aligners(part, part=part)[0] for part in ALIGNER_PARTS]
     nodes += [aligners(ALIGNER_PARTS[-1], joint, not joint, part=ALIGNER_PARTS[-1], **{"joint" if joint else "half": True})[0] for joint in (True, False)]
     nodes += variant("realigned", (aligner_name(full),), "prior")
     nodes += stage(f"parallel-{full}", "parallel", [f"autoencoder-{full}"], "aligner", dropouts=prior_rates(study))
@@ -110,6 +110,9 @@ def nodes(study):
     refiners = (*of(f"flow-{place}", f"head-flow-{place}", f"residual-{place}"), *full_system)
     sweep = of(*(f"autoencoder-{w}" for w in p["claim_widths"]), f"autoencoder-{full}-mixed")
     def experiment(name, needs, *settings): return Node(name, name, tuple(needs), {"seeds": study.seeds}, {"seed": study.seed, **{s: p[s] for s in settings}})
+    def taken_apart(name, *models):      # at the first seed alone
+        needs = tuple(need for need in of(*models, "gpt2") if need.endswith(f"-s{study.seed}"))
+        return Node(name, name, needs, {}, {"seed": study.seed, "peer_stories": p["peer_stories"], "gpt2": p["gpt2"]})
     long = of(prior_name(study, full, MAIN_RATE, "long"))
     tables = [
         experiment("table1", ["stories"], "sizes"),
@@ -124,8 +127,8 @@ def nodes(study):
         experiment("misalignment", (*full_system, *long), "flow_steps"),
         experiment("basin", full_system, "flow_steps"),
         experiment("realign", (*full_system, *of(prior_name(study, full, MAIN_RATE, "realigned")), *(node.name for node in stages if node.notebook in ("stage_aligner", "stage_parallel"))), "flow_steps", "timing_batches"),
-        experiment("klflow", of(klflow_name(), *(klflow_name(*way) for way in KLFLOW_WAYS), "gpt2"), "peer_stories", "gpt2"),
-        experiment("lrd", of(f"masked-{full}", "gpt2"), "peer_stories", "gpt2"),
+        taken_apart("klflow", klflow_name(), *(klflow_name(*way) for way in KLFLOW_WAYS)),
+        taken_apart("lrd", f"masked-{full}"),
         experiment("systems", (*full_system, *of(aligner_name(full), f"parallel-{full}", klflow_name(), f"masked-{full}", f"gaussian-{full}", "gpt2")), "flow_steps", "peer_stories", "gpt2", "timing_batches"),
         experiment("claims", ("table3", "table4", "gaussian_start", "basin", *sweep, *refiners), "flow_steps", "claim_widths")]
     first = first_nodes(study)
@@ -165,7 +168,7 @@ def code_of(notebook):
 def key_of(study, node):
     "The digest of everything a node's result depends on, short of the nodes it needs."
     source = (EXPERIMENTS / f"{node.notebook}.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
-    numbers = [path.read_text() for path in sorted(PUBLISHED.glob("*.csv")) if f'"{path.stem}"' in source]     # those the notebook names
+    numbers = [path.read_text() for path in sorted(PUBLISHED.glob("*.csv")) if f'"{path.stem}"' in source and not node.notebook.startswith("stage_")]     # those the notebook names
     facts = [numbers, node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, stories_mark(study.source), code_of(node.notebook)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -253,7 +256,7 @@ def evaluate(study, source, dropout, system_name, limit=None):
     *slots, cut = slot_stories(stories, study.encoder.tokenizer)
     batch = clean_batch(*slots)
     drafts = with_drafts(batch, dropout, generator(EVALUATION_SEED, "draft", "evaluation", "file", dropout))
-    steps = study.preset["flow_steps"]
+    steps = steps_for(study, system)
     latent = nothing if system.layers == "none" else system
     readers = {"oracle": lambda part: oracle(latent.encoder, latent.autoencoder, part),
                "no-op": lambda part: nothing.slot_logits(part, 0, study.seed),
@@ -329,7 +332,8 @@ def run_command(given):
         what = f"{study.out}: {', '.join(given.targets) or 'every table and figure'}"
         print(f"{what} up to date, nothing to do" if seconds is None else f"{what} regenerated in {seconds / 60:.1f} min; open {study.out / 'report.html'}")
     if given.command == "refine":
-        text, pieces, lost = refine_text(open_system(study, given.system), given.prompt, given.draft, study.preset["flow_steps"], given.seed)
+        system = open_system(study, given.system)
+        text, pieces, lost = refine_text(system, given.prompt, given.draft, steps_for(study, system), given.seed)
         print(text + "\n\n" + "\n".join(f"{probability:6.3f} {mark} {piece}" for piece, probability, mark in pieces))
         print(f"\n{PUT_IN} put in, {EXCHANGED} exchanged; lost from the draft: {' '.join(lost) or 'nothing'}")
     if given.command == "evaluate":

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES',
            'EVALUATION_SEED', 'SLOTS', 'REPORTED', 'REALIGNED', 'PEERS', 'SYSTEMS', 'ALIGNER_PARTS', 'KLFLOW_WAYS',
-           'FOLLOWED', 'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole',
+           'KLFLOW_STEPS', 'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole',
            'attention_sizes', 'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study',
            'prior_rates', 'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name',
-           'open_klflow', 'open_peer', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
+           'open_klflow', 'steps_for', 'open_peer', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
            'measure_system', 'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
@@ -42,7 +42,7 @@ from .realigned import Realigned
 from .refiner import DCLR, GaussianStart, oracle
 from .residual import ResidualConfig, load_residual
 from .stories import read_stories, slot_stories, split_stories
-from .systems.klflow import KLFlow, KLFlowConfig, load_klflow
+from .systems.klflow import FOLLOWED, KLFlow, KLFlowConfig, load_klflow
 from .systems.lrd import LRD, PLAIN, LRDConfig, load_masked
 from .training import Training
 
@@ -67,7 +67,7 @@ def check_keys(where, given, known):
 
 def settable(known):
     "Fields of a dataclass that a preset may set; seed, precision, key and the width of latents come from the study."
-    def given(field): return field.name in ("seed", "precision", "key") or field.name == "width" and field.default is MISSING
+    def given(field): return field.name in ("seed", "precision", "key", "path", "given") or field.name == "width" and field.default is MISSING
     return {field.name: field for field in fields(known) if not given(field)}
 
 
@@ -112,8 +112,9 @@ def demands(preset):
         "dropouts": (MAIN_RATE in rates and all(isinstance(p, (int, float)) and 0 <= p < 1 for p in rates) and len({*rates}) == len(rates),
                      f"different shares below 1, {MAIN_RATE} among them"),
         "training": (all("steps" in fields for fields in preset["training"].values()), "steps for every stage"),
-        "sizes": (two and all(width % heads == 0 for width, heads in attention_sizes(preset)) and preset["sizes"]["aligner"].get("most", 1) <= TARGET_SLOTS,
-                  f"heads that divide the widths they work on, and a longest gap of up to {TARGET_SLOTS}"),
+        "sizes": (two and all(width % heads == 0 for width, heads in attention_sizes(preset)) and preset["sizes"]["aligner"].get("most", 1) <= TARGET_SLOTS
+                  and KLFlow.start < preset["sizes"]["klflow"].get("t_max", KLFlowConfig.t_max) < 1,
+                  f"heads that divide the widths they work on, a longest gap of up to {TARGET_SLOTS}, and a t_max between {KLFlow.start} and 1"),
         **{field: (preset[field] >= least, f"at least {least}") for field, least in LEAST.items()}}
 
 
@@ -335,7 +336,7 @@ def open_parallel(study):
 
 
 KLFLOW_WAYS = (("KL", "posterior"), ("KL", "probability"), ("linear", "probability"), ("Fisher-Rao", "probability"))      # compared at the first seed
-FOLLOWED = .28 / .3      # share of the time that KL-Flow's hybrid follows the equation, as in its code
+KLFLOW_STEPS = 16      # Euler or drawing steps of KL-Flow, before its last pass
 
 
 def klflow_name(path="", given=""):
@@ -347,6 +348,11 @@ def open_klflow(study, *way):
     "KL-Flow with the study's denoiser, or with that of a way, one of KLFLOW_WAYS."
     net = load_klflow(study.model(klflow_name(*way)))
     return KLFlow(study.encoder, net, switch=FOLLOWED * net.config.t_max)
+
+
+def steps_for(study, system):
+    "Steps that a system is given where an experiment does not vary them: the preset's Euler steps, or KL-Flow's own number."
+    return KLFLOW_STEPS if system.name == "KL-Flow" else study.preset["flow_steps"]
 
 
 def open_peer(study, name):

@@ -351,6 +351,8 @@ PRESETS = {  # what is changed -> words of the message
     "no heads": (nested("sizes", "prior", heads=0), ["heads", "at least 1"]),
     "no steps": (nested("training", "encoder", steps=0), ["training.encoder", "steps"]),
     "heads of the partner": (nested("sizes", "timing_gpt2", heads=3), ["sizes", "heads"]),
+    "a time after the word": (nested("sizes", "klflow", t_max=1.), ["sizes", "t_max"]),
+    "a path of one's own": (nested("sizes", "klflow", path="bent"), ["sizes.klflow", "path"]),
     "no batch to time": (dict(timing_batches=[0]), ["timing_batches"]),
 }
 
