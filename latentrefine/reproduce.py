@@ -147,12 +147,13 @@ def syntax(source):
 
 def modules_of(source):
     "Files of the package's modules that Python source imports, directly or through others."
-    found, todo = set(), re.findall(r"from latentrefine\.([\w.]+) import", source)
+    def file_of(folder, name): return folder / f"{name.replace('.', '/')}.py"
+    found, todo = set(), [file_of(ROOT / "latentrefine", name) for name in re.findall(r"from latentrefine\.([\w.]+) import", source)]
     while todo:
-        path = ROOT / "latentrefine" / f"{todo.pop().replace('.', '/')}.py"
+        path = todo.pop()
         if path in found: continue
         found.add(path)
-        todo += [name for name in re.findall(r"^from \.+([\w.]+) import", path.read_text(), re.M)]
+        todo += [file_of(path.parents[len(dots) - 1], name) for dots, name in re.findall(r"^from (\.+)([\w.]+) import", path.read_text(), re.M)]
     return sorted(found)
 
 # %% ../nbs/62_reproduce.ipynb #c13
