@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'MAUVE', 'TEXT_VALUES', 'COLUMNS', 'ENDINGS', 'TITLES', 'STYLE', 'published', 'beside_published',
            'over_seeds', 'add_intervals', 'add_gain', 'TextRuler', 'text_table', 'base_column', 'legend', 'save_table',
-           'save_figure', 'coloured', 'section', 'write_page', 'reader_of', 'curve_lines', 'system_lines', 'short_line',
-           'realign_line', 'systems_line', 'systems_table', 'claim_line', 'findings']
+           'save_figure', 'coloured', 'small_png', 'section', 'write_page', 'reader_of', 'curve_lines', 'system_lines',
+           'short_line', 'realign_line', 'systems_line', 'systems_table', 'claim_line', 'findings']
 
 # %% ../nbs/61_report.ipynb #c02
 import base64
 import html
+import io
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image      # comes with matplotlib
 
 from .baselines.gpt2 import judge
 from .core import ROOT, StudyError, load_rows, write_text, writing
@@ -216,13 +218,20 @@ STYLE = ("body{font:16px/1.5 Georgia,serif;max-width:60rem;margin:2rem auto;padd
          "td:first-child,th:first-child{text-align:left}img{max-width:100%}small,details{color:#666;font-size:14px}")
 
 # %% ../nbs/61_report.ipynb #c30
+def small_png(path):
+    "Bytes of a picture in 64 colours: enough for a plot, and a quarter of the size."
+    kept = io.BytesIO()
+    Image.open(path).convert("RGB").quantize(64).save(kept, "PNG", optimize=True)
+    return kept.getvalue()
+
+
 def section(folder, name, title):
     "HTML of one experiment, or an empty string if it has not been run."
     table, figure = folder / "tables" / f"{name}.csv", folder / "figures" / f"{name}.png"
     if not table.exists(): return ""
     row = load_rows(folder / "tables" / f"{name}.json")[0]
     origin = f"{row['encoder']} on {row['stories']}, preset {row['preset']}, first seed {row['seed']}, commit {row['commit']}, {row['hardware']}; {row['versions']}"
-    picture = f'<p><img alt="{title}" src="data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}">' if figure.exists() else ""
+    picture = f'<p><img alt="{title}" src="data:image/png;base64,{base64.b64encode(small_png(figure)).decode()}">' if figure.exists() else ""
     frame = pd.read_csv(table)
     body = frame.to_html(index=False, na_rep="-", float_format=lambda v: f"{v:.3f}", border=0)
     executed = f"notebooks/{row['notebook']}.ipynb"
