@@ -158,13 +158,13 @@ def test_a_changed_setting_reruns_what_depends_on_it(whole, tmp_path):
     training = {**TINY["training"], "head": {**TINY["training"]["head"], "lr": 1e-3}}
     changed = write_preset(tmp_path / "tiny.yaml", preset, training=training)
     heads = {f"head_{kind}_32_p5_s{seed}" for kind in ("flow", "metric") for seed in (1337, 1338)}
-    assert due(out, changed) == {*heads, "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "claims", "report"}
+    assert due(out, changed) == {*heads, "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "systems", "claims", "report"}
 
 
 def test_another_seed_trains_only_its_own_models(whole):
     out, preset, _ = whole
     more = due(out, preset, seeds=3)
-    assert {name for name in more if not name.endswith("_s1339")} == {*EXPERIMENT_NAMES, "report"} - {"stories"} and "autoencoder_32_mixed_s1339" in more
+    assert {name for name in more if not name.endswith("_s1339")} == {*EXPERIMENT_NAMES, "report"} - {"stories", "klflow", "lrd"} and "autoencoder_32_mixed_s1339" in more
 
 
 def test_tables_are_printed(whole):
