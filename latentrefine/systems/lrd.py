@@ -19,12 +19,12 @@ from torch import nn
 
 from ..aligner import trainable_copy
 from ..autoencoder import load_autoencoder, over_vocabulary, vocabulary_name
-from ..core import CLS, MASK, PAD, PROMPT_SLOTS, TARGET_SLOTS, VOCAB, RefineOutput, StudyError, autocast, device, generator, write_text
+from ..core import CLS, MASK, PAD, PROMPT_SLOTS, TARGET_SLOTS, VOCAB, RefineOutput, StudyError, autocast, check_mode, device, generator, write_text
 from ..drafts import with_drafts
 from ..encoder import Encoder
 from ..readout import copy_reader
 from ..refiner import fit_autoencoder, read_parts, save_autoencoder
-from .klflow import check_mode, chunk_size
+from .klflow import chunk_size
 from ..training import finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/42_lrd.ipynb #c05
