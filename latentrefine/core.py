@@ -85,6 +85,7 @@ class System(Protocol):
     width: int       # of its latents, or of its network's states where it has none
     layers: str      # the encoder's layers that it reads, or "none"
     moves: bool      # whether a number of steps means anything to it
+    steps: int | None    # how many, where an experiment does not vary them; None: as many as the preset gives DCLR
     vocabulary: str  # which word pieces it can emit: "all", or those of the training stories, "corpus"
 
     def fit(self, stories, config):

@@ -79,6 +79,7 @@ class Realigned:
     leave: float = .1            # a draft that is whole with this probability is left as it is
     name: str = "re-aligned"
     moves = False                # there are no Euler steps
+    steps = None
 
     @property
     def width(self): return self.autoencoder.config.width

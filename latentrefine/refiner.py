@@ -39,6 +39,7 @@ class DCLR:
     head: object = None
     share: float = 0.
     name: str = "DCLR"
+    steps = None
 
     @property
     def width(self): return self.autoencoder.config.width
@@ -175,6 +176,7 @@ class GaussianStart:
     flow: FlowNet
     name: str = "Gaussian start"
     moves = True
+    steps = None
 
     @property
     def width(self): return self.autoencoder.config.width

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES',
            'EVALUATION_SEED', 'SLOTS', 'REPORTED', 'REALIGNED', 'PEERS', 'SYSTEMS', 'ALIGNER_PARTS', 'KLFLOW_WAYS',
-           'KLFLOW_STEPS', 'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole',
-           'attention_sizes', 'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study',
-           'prior_rates', 'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name',
-           'open_klflow', 'steps_for', 'open_peer', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
+           'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole', 'attention_sizes',
+           'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study', 'prior_rates',
+           'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name', 'open_klflow',
+           'steps_for', 'open_peer', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
            'measure_system', 'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
@@ -336,7 +336,6 @@ def open_parallel(study):
 
 
 KLFLOW_WAYS = (("KL", "posterior"), ("KL", "probability"), ("linear", "probability"), ("Fisher-Rao", "probability"))      # compared at the first seed
-KLFLOW_STEPS = 16      # Euler or drawing steps of KL-Flow, before its last pass
 
 
 def klflow_name(path="", given=""):
@@ -351,8 +350,8 @@ def open_klflow(study, *way):
 
 
 def steps_for(study, system):
-    "Steps that a system is given where an experiment does not vary them: the preset's Euler steps, or KL-Flow's own number."
-    return KLFLOW_STEPS if system.name == "KL-Flow" else study.preset["flow_steps"]
+    "Steps that a system is given where an experiment does not vary them: its own number, or the preset's Euler steps."
+    return study.preset["flow_steps"] if system.steps is None else system.steps
 
 
 def open_peer(study, name):

@@ -79,13 +79,17 @@ def _quiet():
 
 
 def _mauve():
-    "The function `compute_mauve`; StudyError if the package is absent."
+    "MAUVE as a function of the arguments of `compute_mauve`, on one thread: on some hundred texts several wait for one another. StudyError if the package is absent."
     try:
-        with _quiet(): from mauve import compute_mauve
+        with _quiet():
+            from mauve import compute_mauve
+            from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise StudyError(f"MAUVE needs the optional package mauve-text, which is licensed under the GPLv3 ({error}); "
                          "install it with: pip install mauve-text") from error
-    return compute_mauve
+    def alone(**facts):
+        with _quiet(), threadpool_limits(1): return compute_mauve(**facts, verbose=False).mauve
+    return alone
 
 # %% ../nbs/11_textmetrics.ipynb #c14
 def _features(p, q):
@@ -101,8 +105,7 @@ def mauve_score(features_p, features_q, buckets=None, seeds=5):
     "`mauve`, the mean over k-means seeds, and `mauve_spread`, max - min, of two arrays [n, width]; buckets default to n // 10."
     p, q = _features(features_p, features_q)
     buckets, compute = buckets or max(2, len(p) // 10), _mauve()
-    with _quiet():
-        scores = [compute(p_features=p, q_features=q, num_buckets=buckets, seed=seed, verbose=False).mauve for seed in range(seeds)]
+    scores = [compute(p_features=p, q_features=q, num_buckets=buckets, seed=seed) for seed in range(seeds)]
     return dict(mauve=float(np.mean(scores)), mauve_spread=float(np.ptp(scores)))
 
 # %% ../nbs/11_textmetrics.ipynb #c22
@@ -113,8 +116,7 @@ def mauve_with_interval(features_p, features_q, repeats=20, seed=0):
     buckets, compute = max(2, len(p) // 10), _mauve()
     for repeat in range(repeats):
         rows = random.integers(len(p), size=len(p))
-        with _quiet():
-            scores.append(compute(p_features=p[rows], q_features=q[rows], num_buckets=buckets, seed=repeat, verbose=False).mauve)
+        scores.append(compute(p_features=p[rows], q_features=q[rows], num_buckets=buckets, seed=repeat))
     half = 1.96 * float(np.std(scores, ddof=1))
     return {**score, "mauve_low": max(0., score["mauve"] - half), "mauve_high": min(1., score["mauve"] + half)}
 

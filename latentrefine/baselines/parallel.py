@@ -71,6 +71,7 @@ class Parallel:
     net: object = None
     name: str = "parallel transformer"
     moves = False
+    steps = None
 
     @property
     def width(self): return self.encoder.width

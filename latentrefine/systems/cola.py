@@ -308,6 +308,7 @@ class Cola:
     name: str = "Cola DLM"
     layers = "none"
     moves = True
+    steps = 16                  # a block
 
     def __post_init__(self): check_mode(self.mode)
 

@@ -249,6 +249,7 @@ class Cosmos:
     name: str = "COSMOS"
     layers = "last"
     moves = True
+    steps = 50
 
     def __post_init__(self): check_mode(self.mode)
 

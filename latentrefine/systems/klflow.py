@@ -225,6 +225,7 @@ class KLFlow:
     name: str = "KL-Flow"
     layers = "none"
     moves = True
+    steps = 16                  # before the last pass
 
     def __post_init__(self): check_mode(self.mode)
 

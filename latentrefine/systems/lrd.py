@@ -216,6 +216,7 @@ class LRD:
     name: str = "LRD"
     layers = "none"
     moves = False               # its steps are its own
+    steps = None
 
     def __post_init__(self): check_mode(self.mode)
 
