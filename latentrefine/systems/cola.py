@@ -20,7 +20,7 @@ from torch import nn
 
 from ..autoencoder import over_vocabulary, valid_slots, vocabulary_name, vocabulary_of
 from ..blocks import attend, time_features
-from ..core import MASK, PROMPT_SLOTS, TARGET_SLOTS, UNK, VOCAB, RefineOutput, autocast, check_mode, device, generator, story_noise, write_text
+from ..core import MASK, PAD, PROMPT_SLOTS, TARGET_SLOTS, UNK, VOCAB, RefineOutput, StudyError, autocast, check_mode, device, generator, story_noise, write_text
 from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
@@ -50,6 +50,9 @@ class ColaConfig:
     reference: float = .3       # weight of the KL to the autoencoder of the first stage
     joint: int = 1              # 1: both evolve; 0: the autoencoder stands still
     moved: int = 1              # 1: the flow's loss reaches the encoder through the block it looks at; 0: it does not
+
+    def __post_init__(self):
+        if TARGET_SLOTS % self.block: raise StudyError(f"block is {self.block}; a number that divides {TARGET_SLOTS} is needed, so that a target begins and ends with a block")
 
 
 def lined_up(batch, read):
@@ -335,8 +338,9 @@ class Cola:
         prefix = vae.posterior(columns[:, :PREFIX], mask[:, :PREFIX])[0]
         z = story_noise(batch, self.width, seed).to(prefix.device)
         if self.mode == "START":
-            draft = torch.cat([columns[:, :PREFIX], vae.columns[batch.draft_ids]], 1)
-            unsaid = torch.cat([torch.zeros_like(mask[:, :PREFIX]), batch.draft_ids == MASK], 1)
+            draft_ids = batch.draft_ids.where(batch.draft_mask, PAD)
+            draft = torch.cat([columns[:, :PREFIX], vae.columns[draft_ids]], 1)
+            unsaid = torch.cat([torch.zeros_like(mask[:, :PREFIX]), draft_ids == MASK], 1)
             begin, encodings = self.start if steps else 0., 2
             z = (1 - begin) * vae.posterior(draft, mask, unsaid)[0][:, PREFIX:] + begin * z
         times = torch.linspace(begin, 0, steps + 1).tolist()

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..autoencoder import Autoencoder, AutoencoderConfig, token_scores_of, vocabulary_name, vocabulary_of
 from ..blocks import Attention, attend, time_features
-from ..core import TARGET_SLOTS, RefineOutput, autocast, check_mode, device, generator, story_noise, write_text
+from ..core import TARGET_SLOTS, RefineOutput, StudyError, autocast, check_mode, device, generator, story_noise, write_text
 from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
@@ -73,22 +73,27 @@ class CosmosConfig:
     @property
     def heads(self): return max(1, self.width // 64)
 
+    def __post_init__(self):
+        if not 1 <= self.latents <= TARGET_SLOTS: raise StudyError(f"latents is {self.latents}; 1 to {TARGET_SLOTS} are needed")
+        if self.layers % 2: raise StudyError(f"layers is {self.layers}; an even number is needed, since the second half reads the first")
 
-def without(shape, share, gen):
-    "A bool tensor of `shape`: False in exactly `share` of each row, True elsewhere."
-    return torch.rand(shape, generator=gen).argsort(-1).argsort(-1) >= round(share * shape[-1])
+
+def without(mask, share, gen):
+    "The bool tensor `mask` [..., n] without `share`, to the nearest whole number, of the True places of each row."
+    order = torch.rand(mask.shape, generator=gen).masked_fill(~mask.cpu(), 2.).argsort(-1).argsort(-1)
+    return mask & (order >= (share * mask.cpu().sum(-1, keepdim=True)).round()).to(mask.device)
 
 
-def roughened(h, config, gen):
-    "States h [batch, 32, width]: of each text a share hidden, or all of them mixed with noise; which, a coin says."
-    hidden = h * without(h.shape[:2], config.hidden, gen)[..., None].to(h.device)
+def roughened(h, mask, config, gen):
+    "States h [batch, 32, width], valid where `mask` is True: of each text a share hidden, or all of them mixed with noise; which, a coin says."
+    hidden = h * without(mask, config.hidden, gen)[..., None]
     noisy = config.delta * h + math.sqrt(1 - config.delta ** 2) * torch.randn(h.shape, generator=gen).to(h.device)
     return torch.where((torch.rand(len(h), 1, 1, generator=gen) < .5).to(h.device), hidden, noisy)
 
 
 def thinned(z, config, gen):
     "Latents z [batch, N, width] without a share of each one's features; nothing is scaled up for it."
-    return z * without(z.shape, config.thinned, gen).to(z.device)
+    return z * without(torch.ones_like(z, dtype=torch.bool), config.thinned, gen)
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c13
 def states_alone(encoder, ids, mask):
@@ -136,7 +141,7 @@ def train_smooth(corpus, encoder, config, kept, training, folder):
     def loss_at(step):
         gen, batch = generator(training.seed, "cosmos", step), corpus.batch.rows(rows_at(step, len(corpus), training)).to(device())
         h = net.frame.project(states_alone(encoder, batch.target_ids, batch.target_mask))
-        rebuilt = net.rebuild(thinned(net.compressor(roughened(h, config, gen), batch.target_mask), config, gen))
+        rebuilt = net.rebuild(thinned(net.compressor(roughened(h, batch.target_mask, config, gen), batch.target_mask), config, gen))
         ce, probability = token_scores_of(net.frame.decoder, rebuilt, batch.target_ids, batch.target_mask, training.slots, gen)
         mse = (rebuilt.float() - h)[batch.target_mask].square().mean()
         return ce + config.mse * mse, dict(ce=ce.item(), mse=mse.item(), target_probability=probability)
@@ -223,6 +228,7 @@ def train_denoiser(corpus, encoder, smooth, dropouts, training, folder):
         previous = torch.zeros_like(z)
         if coin:
             with torch.no_grad(): previous = net(noisy, given[0], previous, *given[1:]).float()
+            torch.clear_autocast_cache()        # weights cast without gradients must not serve the pass that has them
         mse = (net(noisy, given[0], previous, *given[1:]).float() - z).square().mean()
         return mse, dict(mse=mse.item())
     curve = fit(net, loss_at, training, folder, f"COSMOS denoiser, {smooth.config.latents} latents")
@@ -251,7 +257,9 @@ class Cosmos:
     moves = True
     steps = 50
 
-    def __post_init__(self): check_mode(self.mode)
+    def __post_init__(self):
+        check_mode(self.mode)
+        if self.net is not None and self.net.config != self.smooth.config: raise StudyError(f"denoiser and autoencoder do not belong together: {self.net.config} and {self.smooth.config}")
 
     @property
     def width(self): return self.smooth.config.width
@@ -276,7 +284,7 @@ class Cosmos:
             begin, passes = self.start, 2
             share = signal(torch.tensor(begin if steps else 0.), self.smooth.config.noise_scale).float().item()
             z = share ** .5 * self.smooth.encode(states_alone(self.encoder, batch.draft_ids, batch.draft_mask), batch.draft_mask) + (1 - share) ** .5 * z
-        if not steps: return z, passes
+        if not steps or not begin: return z, passes
         return self.cleaned(batch, z, begin, steps), passes + 1 + steps
 
     def cleaned(self, batch, z, begin, steps):
