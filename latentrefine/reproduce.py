@@ -89,6 +89,11 @@ def stage_nodes(study):
     def denoisers(section, *way): return stage(klflow_name(*way), "klflow", ["stories"], section, ("klflow",), dropouts=prior_rates(study), **dict(zip(("path", "given"), way)))
     nodes += denoisers("klflow") + [denoisers("paths", *way)[0] for way in KLFLOW_WAYS]
     nodes += stage(f"masked-{full}", "masked", [f"autoencoder-{full}"], "masked", dropouts=prior_rates(study))
+    for plain in (False, True): nodes += stage("cosmos-autoencoder" + "-plain" * plain, "cosmos_autoencoder", ["stories"], "cosmos_autoencoder", ("cosmos",), plain=plain)
+    nodes += stage("cosmos", "cosmos", ["cosmos-autoencoder"], "cosmos", dropouts=prior_rates(study))
+    nodes += stage("cosmos-refiner", "cosmos_refiner", ["cosmos-autoencoder"], "refiner", ("prior", "flow"), dropouts=prior_rates(study))
+    nodes += stage("cola-autoencoder", "cola_autoencoder", ["stories"], "cola_autoencoder", ("cola",), dropouts=prior_rates(study))
+    nodes += stage("cola", "cola", ["cola-autoencoder"], "cola", ("cola",), dropouts=prior_rates(study))
     return nodes + (stage("gpt2", "gpt2", ["stories"], "gpt2", ("gpt2",)) if p["gpt2"] == "trained" else [])
 
 # %% ../nbs/62_reproduce.ipynb #c07
@@ -109,10 +114,12 @@ def nodes(study):
     full_system = of(f"metric-{place}", f"head-metric-{place}")
     refiners = (*of(f"flow-{place}", f"head-flow-{place}", f"residual-{place}"), *full_system)
     sweep = of(*(f"autoencoder-{w}" for w in p["claim_widths"]), f"autoencoder-{full}-mixed")
-    def experiment(name, needs, *settings): return Node(name, name, tuple(needs), {"seeds": study.seeds}, {"seed": study.seed, **{s: p[s] for s in settings}})
+    def experiment(name, needs, *settings, **more): return Node(name, name, tuple(needs), {"seeds": study.seeds}, {"seed": study.seed, **{s: p[s] for s in settings}, **more})
     def taken_apart(name, *models):      # at the first seed alone
         needs = tuple(need for need in of(*models, "gpt2") if need.endswith(f"-s{study.seed}"))
         return Node(name, name, needs, {}, {"seed": study.seed, "peer_stories": p["peer_stories"], "gpt2": p["gpt2"]})
+    def taught(name, *models):           # compares variants that its own notebook trains
+        return experiment(name, of(*models, "gpt2"), "peer_stories", "gpt2", variants=[p["training"][f"{name}_variants"], p["sizes"][name]])
     long = of(prior_name(study, full, MAIN_RATE, "long"))
     tables = [
         experiment("table1", ["stories"], "sizes"),
@@ -129,7 +136,10 @@ def nodes(study):
         experiment("realign", (*full_system, *of(prior_name(study, full, MAIN_RATE, "realigned")), *(node.name for node in stages if node.notebook in ("stage_aligner", "stage_parallel"))), "flow_steps", "timing_batches"),
         taken_apart("klflow", klflow_name(), *(klflow_name(*way) for way in KLFLOW_WAYS)),
         taken_apart("lrd", f"masked-{full}"),
-        experiment("systems", (*full_system, *of(aligner_name(full), f"parallel-{full}", klflow_name(), f"masked-{full}", f"gaussian-{full}", "gpt2")), "flow_steps", "peer_stories", "gpt2", "timing_batches"),
+        experiment("systems", (*full_system, *of(aligner_name(full), f"parallel-{full}", klflow_name(), f"masked-{full}", "cosmos", "cola", f"gaussian-{full}", "gpt2")), "flow_steps", "peer_stories", "gpt2", "timing_batches"),
+        taught("cosmos", "cosmos-autoencoder-plain", "cosmos"),
+        taught("cola", "cola-autoencoder", "cola"),
+        experiment("spaces", (*full_system, *of("cosmos-autoencoder-plain", "cosmos", "cosmos-refiner", "cola")), "flow_steps", "peer_stories"),
         experiment("claims", ("table3", "table4", "gaussian_start", "basin", *sweep, *refiners), "flow_steps", "claim_widths")]
     first = first_nodes(study)
     report = Node("report", "report", ("stories", *(n.name for n in tables)))

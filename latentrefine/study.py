@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FIGURE_RATE', 'IN_DOMAIN', 'SOURCES',
            'EVALUATION_SEED', 'SLOTS', 'REPORTED', 'REALIGNED', 'PEERS', 'SYSTEMS', 'ALIGNER_PARTS', 'KLFLOW_WAYS',
-           'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'whole', 'attention_sizes',
-           'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study', 'prior_rates',
-           'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name', 'open_klflow',
-           'steps_for', 'open_peer', 'open_gaussian', 'chunk_size', 'measure', 'describe_run', 'row_of',
-           'measure_system', 'measure_oracle', 'save_results']
+           'NOT_SIZES', 'GIVEN', 'KEEP_LENGTH', 'check_keys', 'settable', 'check_section', 'sizes_of', 'whole',
+           'attention_sizes', 'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study',
+           'prior_rates', 'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name',
+           'open_klflow', 'steps_for', 'open_peer', 'open_smooth', 'open_refiner', 'open_gaussian', 'chunk_size',
+           'measure', 'describe_run', 'row_of', 'measure_system', 'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
 import copy
@@ -42,17 +42,21 @@ from .realigned import Realigned
 from .refiner import DCLR, GaussianStart, oracle
 from .residual import ResidualConfig, load_residual
 from .stories import read_stories, slot_stories, split_stories
+from .systems.cola import Cola, ColaConfig, load_cola
+from .systems.cosmos import Cosmos, CosmosConfig, load_denoiser, load_smooth
 from .systems.klflow import FOLLOWED, KLFlow, KLFlowConfig, load_klflow
 from .systems.lrd import LRD, PLAIN, LRDConfig, load_masked
+from .systems.smooth_refiner import SmoothRefiner, load_refiner
 from .training import Training
 
 # %% ../nbs/60_study.ipynb #c05
 PRESETS = ROOT / "nbs" / "presets"
-SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths", "masked", "gpt2"),
-            "sizes": ("encoder", "prior", "flow", "metric", "residual", "head", "aligner", "klflow", "gpt2", "timing_gpt2")}
+SECTIONS = {"training": ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths", "masked",
+                         "cosmos_autoencoder", "cosmos", "refiner", "cosmos_variants", "cola_autoencoder", "cola", "cola_variants", "gpt2"),
+            "sizes": ("encoder", "prior", "flow", "metric", "residual", "head", "aligner", "klflow", "cosmos", "cola", "gpt2", "timing_gpt2")}
 CONFIGS = dict(encoder=EncoderSize, prior=DraftPriorConfig, flow=FlowConfig, metric=MetricConfig, residual=ResidualConfig, head=ReadoutConfig, aligner=AlignerConfig, klflow=KLFlowConfig,
-               gpt2=GPT2Size, timing_gpt2=GPT2Size)
-SHARES = ("noise", "share", "eta", "t_max")     # fields between 0 and 1
+               cosmos=CosmosConfig, cola=ColaConfig, gpt2=GPT2Size, timing_gpt2=GPT2Size)
+SHARES = ("noise", "share", "eta", "t_max", "hidden", "delta", "thinned", "ema", "blind")     # fields between 0 and 1
 LEAST = dict(limit=10, test=1, samples=2, peer_stories=2, flow_steps=0, seeds=1)
 MAIN_RATE = .05      # the report's main operating point (section 4.3)
 FIGURE_RATE = .03    # the rate of Figure 1
@@ -82,9 +86,15 @@ def check_section(where, given, known):
             raise StudyError(f"{where}: {name} is {value!r}, a {kind.__name__} is needed")
         if kind is int and value < (name != "save_seconds"): raise StudyError(f"{where}: {name} is {value!r}, at least 1 is needed")
         if kind is float and (value < 0 or name == "lr" and value == 0): raise StudyError(f"{where}: {name} is {value!r}, a positive number is needed")
-        if name in SHARES and value > 1: raise StudyError(f"{where}: {name} is {value!r}, a share up to 1 is needed")
+        if kind is float and name in SHARES and value > 1: raise StudyError(f"{where}: {name} is {value!r}, a share up to 1 is needed")
 
 # %% ../nbs/60_study.ipynb #c07
+def sizes_of(known, *width, **given):
+    "Whether the config class `known` takes these sizes."
+    try: return bool(known(*width, **given))
+    except StudyError: return False
+
+
 def whole(values, least): return all(type(value) is int and value >= least for value in values)
 
 
@@ -92,9 +102,9 @@ def attention_sizes(preset):
     "(width, heads) of every attention of a preset."
     sizes, widths = preset["sizes"], preset["widths"]
     places = [(part, width) for part in ("prior", "residual") for width in widths] + [("flow", sizes["flow"].get("hidden", FlowConfig.hidden))]
-    places += [(part, sizes[part].get("width", CONFIGS[part].width)) for part in ("klflow", "gpt2", "timing_gpt2")]
-    turned = ("klflow",)      # rotary positions turn pairs of numbers
-    return [(width, (1 + (part in turned)) * sizes[part].get("heads", CONFIGS[part].heads)) for part, width in places]
+    places += [(part, sizes[part].get("width", CONFIGS[part].width)) for part in ("klflow", "cola", "gpt2", "timing_gpt2")]
+    turned = ("klflow", "cola")      # rotary positions turn pairs of numbers
+    return [(width, (1 + (part in turned)) * sizes[part].get("heads", CONFIGS[part].heads)) for part, width in places] + [(widths[0], CosmosConfig(widths[0]).heads)]
 
 # %% ../nbs/60_study.ipynb #c08
 def demands(preset):
@@ -113,8 +123,8 @@ def demands(preset):
                      f"different shares below 1, {MAIN_RATE} among them"),
         "training": (all("steps" in fields for fields in preset["training"].values()), "steps for every stage"),
         "sizes": (two and all(width % heads == 0 for width, heads in attention_sizes(preset)) and preset["sizes"]["aligner"].get("most", 1) <= TARGET_SLOTS
-                  and KLFlow.start < preset["sizes"]["klflow"].get("t_max", KLFlowConfig.t_max) < 1,
-                  f"heads that divide the widths they work on, a longest gap of up to {TARGET_SLOTS}, and a t_max between {KLFlow.start} and 1"),
+                  and sizes_of(CosmosConfig, preset["widths"][0], **preset["sizes"]["cosmos"]) and sizes_of(ColaConfig, **preset["sizes"]["cola"]) and KLFlow.start < preset["sizes"]["klflow"].get("t_max", KLFlowConfig.t_max) < 1,
+                  f"heads that divide the widths they work on, a longest gap and no more COSMOS latents than {TARGET_SLOTS}, an even number of COSMOS layers, a Cola block that divides {TARGET_SLOTS}, and a t_max between {KLFlow.start} and 1"),
         **{field: (preset[field] >= least, f"at least {least}") for field, least in LEAST.items()}}
 
 
@@ -276,7 +286,7 @@ class Study:
 REPORTED = ("no-op", "DraftPrior", "long DraftPrior", "local flow", "metric + OT", "bounded residual", "fused readout", "full")
 REALIGNED = {"re-aligned": "re-encoded", "re-aligned, hard": "hard", "re-aligned, soft": "soft", "re-aligned, tokens": "tokens",
              "re-aligned, hard tokens": "hard tokens", "re-aligned, masked LM": "masked LM", "insertion tagger": "tagger"}    # name -> way
-PEERS = ("KL-Flow", "masked diffusion", "LRD")      # other papers' systems; the second is the model that the third decodes
+PEERS = ("KL-Flow", "masked diffusion", "LRD", "COSMOS", "Cola DLM")      # other papers' systems; the second is the model that the third decodes
 SYSTEMS = (*REPORTED, *REALIGNED, "parallel transformer", *PEERS)
 
 
@@ -357,9 +367,21 @@ def steps_for(study, system):
 def open_peer(study, name):
     "Another paper's system, one of PEERS."
     if name == "KL-Flow": return open_klflow(study)
+    if name == "COSMOS": return Cosmos(study.encoder, open_smooth(study), load_denoiser(study.model("cosmos"), study.encoder))
+    if name == "Cola DLM": return Cola(study.encoder, load_cola(study.model("cola")))
     autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}"), study.encoder, width=study.full)
     net = load_masked(study.model(f"masked-{study.full}"), study.encoder, autoencoder)
     return LRD(study.encoder, autoencoder, net, PLAIN if name == "masked diffusion" else LRDConfig(), name=name)
+
+
+def open_smooth(study, plain=False):
+    "The autoencoder of COSMOS, or the one that was trained `plain`, by cross-entropy alone."
+    return load_smooth(study.model("cosmos-autoencoder" + "-plain" * plain), study.encoder)
+
+
+def open_refiner(study):
+    "DCLR's refiner on the latents of COSMOS."
+    return SmoothRefiner(study.encoder, open_smooth(study), load_refiner(study.model("cosmos-refiner"), study.encoder))
 
 
 def open_gaussian(study):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Training', 'rate_at', 'rows_at', 'model_digest', 'save_model', 'read_model', 'tensors_digest', 'save_state',
-           'read_state', 'load_state', 'fit', 'finish']
+           'read_state', 'load_state', 'fit', 'finish', 'finished']
 
 # %% ../nbs/04_training.ipynb #c02
 import hashlib
@@ -153,3 +153,10 @@ def finish(folder, net, config, training, curve):
     save_model(folder, net, {**config, "training": asdict(training)})
     (Path(folder) / "state.safetensors").unlink(missing_ok=True)
     return net.requires_grad_(False)
+
+
+def finished(folder, config, training):
+    "Whether `folder` holds an intact model of the settings `config`, trained just as `training` says."
+    try: note, _ = read_model(folder)
+    except StudyError: return False
+    return note.get("training") == asdict(training) and all(note.get(name) == value for name, value in config.items())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFIX', 'LINE', 'ColaConfig', 'lined_up', 'causal', 'Layer', 'through', 'TextVAE', 'kl_gaussian', 'block_mask',
            'Prior', 'follow_velocity', 'write', 'log_density', 'bounds', 'word_scores', 'vae_loss', 'drawn_lines',
-           'train_vae', 'block_times', 'flow_loss', 'train_cola', 'load_cola', 'Cola']
+           'train_vae', 'block_times', 'flow_loss', 'train_cola', 'load_vae', 'load_cola', 'Cola']
 
 # %% ../../nbs/systems/43_cola.ipynb #c02
 import copy
@@ -48,6 +48,7 @@ class ColaConfig:
     spread: float = 1.
     blind: float = .1           # share of stories whose history the prior does not see, for guidance
     reference: float = .3       # weight of the KL to the autoencoder of the first stage
+    log_snr: float = 0.         # fixed logSNR of the latents; 0: learned
     joint: int = 1              # 1: both evolve; 0: the autoencoder stands still
     moved: int = 1              # 1: the flow's loss reaches the encoder through the block it looks at; 0: it does not
 
@@ -288,6 +289,14 @@ def train_cola(corpus, vae, config, dropouts, training, folder):
         return whole, dict(flow=flow.item(), drift=drift.item(), **logs)
     curve = fit(nets, loss_at, training, folder, f"Cola prior, blocks of {config.block}")
     return finish(folder, nets, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
+
+
+def load_vae(folder):
+    "The first stage saved in `folder`, frozen."
+    config, weights = read_model(folder)
+    vae = TextVAE(ColaConfig(**{f: config[f] for f in ColaConfig.__dataclass_fields__}), weights["kept"])
+    vae.load_state_dict(weights)
+    return vae.to(device()).eval().requires_grad_(False)
 
 
 def load_cola(folder):
