@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'ReadingBlock', 'Resampler', 'CosmosConfig', 'without', 'roughened', 'thinned', 'states_alone', 'spread',
-           'SmoothAutoencoder', 'set_statistics', 'divergence', 'smooth_loss', 'train_smooth', 'load_smooth',
-           'logits_of', 'said', 'mismatch', 'signal', 'denoise_step', 'DenoisingBlock', 'Denoiser', 'context',
-           'denoiser_loss', 'follow', 'train_denoiser', 'load_denoiser', 'cleaned', 'latents_of', 'read_out', 'fitted',
-           'save_cosmos', 'load_cosmos', 'Cosmos']
+           'SmoothAutoencoder', 'begin_linear', 'set_statistics', 'divergence', 'smooth_loss', 'train_smooth',
+           'load_smooth', 'logits_of', 'said', 'mismatch', 'signal', 'denoise_step', 'DenoisingBlock', 'Denoiser',
+           'context', 'denoiser_loss', 'follow', 'train_denoiser', 'load_denoiser', 'cleaned', 'latents_of', 'read_out',
+           'fitted', 'save_cosmos', 'load_cosmos', 'Cosmos']
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c02
 import copy
@@ -52,7 +52,7 @@ class Resampler(nn.Module):
     "A sequence [batch, m, width] of at most `places` vectors as `count` of them, [batch, count, width]."
     def __init__(self, width, heads, depth, count, places):
         super().__init__()
-        self.queries, self.places = nn.Parameter(.02 * torch.randn(count, width)), nn.Parameter(torch.randn(places, width))
+        self.queries, self.places = nn.Parameter(.02 * torch.randn(count, width)), nn.Parameter(2 * torch.randn(places, width))
         self.blocks, self.norm = nn.ModuleList(ReadingBlock(width, heads) for _ in range(depth)), nn.LayerNorm(width)
 
     def forward(self, x, mask):
@@ -146,7 +146,29 @@ class SmoothAutoencoder(nn.Module):
         "Rebuilt states [batch, 32, width] of normalised latents."
         return self.rebuild(z * self.scale + self.mean)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c17
+# %% ../../nbs/systems/40_cosmos.ipynb #c18
+@torch.no_grad()
+def begin_linear(net, states):
+    "Start as a linear autoencoder: every slot gives its latent the first principal components of `states` [n, width] that its heads have room for."
+    N, width, heads = net.config.latents, net.config.width, net.config.heads
+    axes = torch.linalg.eigh(torch.cov(net.frame.project(states[:, None])[:, 0].float().T)).eigenvectors.flip(1).T
+    share, size = math.ceil(TARGET_SLOTS / N), width // heads                 # slots of a latent; features of a head
+    feature = torch.arange(width, device=axes.device)
+    axes, rank = axes[feature // size // share * size + feature % size], feature // size % share
+    for part, inward in ((net.compressor, True), (net.decompressor, False)):
+        turn, first = torch.linalg.qr(torch.randn(width, width))[0].to(axes.device), part.blocks[0]
+        for slot in range(TARGET_SLOTS):
+            latent = slot * N // TARGET_SLOTS
+            query, place = (latent, slot) if inward else (slot, latent)
+            part.queries[query] += .05 * (part.places[place] * (rank == slot - math.ceil(latent * TARGET_SLOTS / N))) @ turn
+        for block in part.blocks:
+            for layer in (block.out, block.mlp[-1]): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+        for layer in (first.query, first.key, first.value): nn.init.zeros_(layer.bias)
+        first.query.weight.copy_(turn); nn.init.eye_(first.key.weight)
+        (first.value if inward else first.out).weight.copy_(axes if inward else axes.T)
+        nn.init.eye_((first.out if inward else first.value).weight)
+
+# %% ../../nbs/systems/40_cosmos.ipynb #c19
 @torch.no_grad()
 def set_statistics(net, encoder, batch):
     "Mean and deviation of every latent place and feature over the targets of `batch`."
@@ -172,13 +194,14 @@ def smooth_loss(net, encoder, batch, slots, gen):
     loss, logs = ce + config.mse * mse, dict(ce=ce.item(), mse=mse.item(), target_probability=probability)
     return (loss, logs) if kl is None else (loss + config.beta * kl, logs | dict(kl=kl.item()))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c18
+# %% ../../nbs/systems/40_cosmos.ipynb #c20
 def train_smooth(corpus, encoder, config, kept, training, folder):
     "Train the autoencoder on the targets of a corpus; returns it frozen, and its curve."
     torch.manual_seed(training.seed)
     net, some = SmoothAutoencoder(config, encoder.word_embeddings.cpu(), kept).to(device()), corpus.batch.rows(slice(0, 512))
     first = torch.cat([states_alone(encoder, part.target_ids, part.target_mask)[part.target_mask] for part in some.to(device()).chunks(64)])
     net.frame.set_statistics(first)
+    begin_linear(net, first)
     def loss_at(step):
         batch = corpus.batch.rows(rows_at(step, len(corpus), training)).to(device())
         return smooth_loss(net, encoder, batch, training.slots, generator(training.seed, "cosmos", step))
@@ -194,7 +217,7 @@ def load_smooth(folder, encoder):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c23
+# %% ../../nbs/systems/40_cosmos.ipynb #c27
 def logits_of(smooth, states, size=64):
     "Logits [batch, 32, vocab] of rebuilt states, `size` stories at a time: they are never held twice."
     logits = torch.empty(*states.shape[:2], VOCAB, device=states.device)
@@ -216,7 +239,7 @@ def mismatch(smooth, encoder, z):
         ids, mask = said(smooth, z)
         return (z - smooth.encode(states_alone(encoder, ids, mask), mask)).square().mean((1, 2))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c28
+# %% ../../nbs/systems/40_cosmos.ipynb #c32
 def signal(t, noise_scale):
     "a_t, the share of the signal's variance at times t in [0, 1], a tensor in double precision."
     return 1 / (1 + (noise_scale * torch.tan(math.pi / 2 * t.double())) ** 2)
@@ -227,7 +250,7 @@ def denoise_step(z, guess, now, after):
     noise = (z - now ** .5 * guess) / (1 - now) ** .5
     return after ** .5 * guess + (1 - after) ** .5 * noise
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c32
+# %% ../../nbs/systems/40_cosmos.ipynb #c36
 class DenoisingBlock(nn.Module):
     "A post-norm BERT block over [batch, n, width], with cross-attention where `crossed`."
     def __init__(self, width, heads, crossed):
@@ -243,7 +266,7 @@ class DenoisingBlock(nn.Module):
         if self.cross is not None: x = self.norm_cross(x + self.cross(x, memory, memory_mask))
         return self.norm(x + self.mlp(x))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c33
+# %% ../../nbs/systems/40_cosmos.ipynb #c37
 class Denoiser(nn.Module):
     "The clean latents [batch, N, width] guessed from noisy ones."
     def __init__(self, config, places=None, crossed=True):
@@ -263,7 +286,7 @@ class Denoiser(nn.Module):
             x = block(x, time, previous, memory, memory_mask)
         return self.out(x)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c37
+# %% ../../nbs/systems/40_cosmos.ipynb #c41
 def context(encoder, frame, batch, read):
     "Normalised states [batch, 64, width] of [prompt; draft] and their mask; the draft only in stories where `read` [batch, 1] is True."
     draft_mask = batch.draft_mask & read
@@ -285,7 +308,7 @@ def denoiser_loss(net, encoder, smooth, batch, gen):
     mse = (net(noisy, given[0], previous, *given[1:]).float() - z).square().mean()
     return mse, dict(mse=mse.item())
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c38
+# %% ../../nbs/systems/40_cosmos.ipynb #c42
 @torch.no_grad()
 def follow(nets, step):
     "Move the average one step towards the net; at first the net itself, then ever more slowly."
@@ -314,7 +337,7 @@ def load_denoiser(folder, encoder):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c41
+# %% ../../nbs/systems/40_cosmos.ipynb #c45
 def cleaned(system, batch, z, times):
     "Latents z [batch, N, width] of a Cosmos `system` brought from the first of `times` [steps + 1] to the last."
     smooth = system.smooth
@@ -325,7 +348,7 @@ def cleaned(system, batch, z, times):
         z = denoise_step(z, guess, now, after)
     return z
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c42
+# %% ../../nbs/systems/40_cosmos.ipynb #c46
 def latents_of(system, batch, steps, seed):
     "Normalised latents [batch, N, width] of a Cosmos `system`, and the number of passes that made them."
     smooth, config = system.smooth, system.smooth.config
@@ -346,7 +369,7 @@ def read_out(system, batch, steps, seed):
     states = system.smooth.decode(z.float()).float()
     return RefineOutput(logits_of(system.smooth, states), states, passes + 2)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c43
+# %% ../../nbs/systems/40_cosmos.ipynb #c47
 def fitted(system, stories, config):
     "A Cosmos `system` trained on `stories`; of the DCLRConfig `config` folder, rates and training are used."
     batch, folder = clean_batch(*slot_stories(stories, system.encoder.tokenizer)[:4]), Path(config.folder)
@@ -366,7 +389,7 @@ def load_cosmos(system, folder):
     folder, note = Path(folder), read_parts(Path(folder))
     return replace(system, smooth=load_smooth(folder / "cosmos-autoencoder", system.encoder), net=load_denoiser(folder / "cosmos", system.encoder), **{k: note[k] for k in ("name", "mode", "start")})
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c44
+# %% ../../nbs/systems/40_cosmos.ipynb #c48
 @dataclass(frozen=True)
 class Cosmos:
     "COSMOS as a System; the latents it returns are the 32 rebuilt states that are read."
