@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..autoencoder import token_scores_of, vocabulary_name, vocabulary_of
+from ..autoencoder import token_scores_of, vocabulary_name
 from ..core import RefineOutput, autocast, device, generator, write_text
 from ..draft_prior import DraftPrior, DraftPriorConfig
 from ..drafts import clean_batch, with_drafts
