@@ -33,7 +33,7 @@ from .notebooks import EXPERIMENTS, die_with_parent, lock
 from .refiner import EXCHANGED, PUT_IN, oracle, refine_text
 from .report import PUBLISHED
 from .stories import read_stories, slot_stories
-from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, GIVEN, IN_DOMAIN, KLFLOW_WAYS, MAIN_RATE, REPORTED, SOURCES, SYSTEMS, Study, aligner_name, klflow_name, measure, open_system, percent, prior_name, prior_rates, row_of, steps_for, stories_mark
+from .study import ALIGNER_PARTS, EVALUATION_SEED, FIGURE_RATE, GIVEN, IN_DOMAIN, KLFLOW_WAYS, MAIN_RATE, REPORTED, SOURCES, SYSTEMS, Study, aligner_name, klflow_name, measure, open_system, percent, prior_name, prior_rates, row_of, shares_latents, steps_for, stories_mark
 
 # %% ../nbs/62_reproduce.ipynb #c05
 COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")
@@ -139,7 +139,7 @@ def nodes(study):
         experiment("systems", (*full_system, *of(aligner_name(full), f"parallel-{full}", klflow_name(), f"masked-{full}", "cosmos", "cola", f"gaussian-{full}", "gpt2")), "flow_steps", "peer_stories", "gpt2", "timing_batches"),
         taught("cosmos", "cosmos-autoencoder-plain", "cosmos"),
         taught("cola", "cola-autoencoder", "cola"),
-        experiment("spaces", (*full_system, *of("cosmos-autoencoder-plain", "cosmos", "cosmos-refiner", "cola")), "flow_steps", "peer_stories"),
+        experiment("spaces", (*refiners, *of("cosmos-autoencoder-plain", "cosmos", "cosmos-refiner", "cola")), "flow_steps", "peer_stories"),
         experiment("claims", ("table3", "table4", "gaussian_start", "basin", *sweep, *refiners), "flow_steps", "claim_widths")]
     first = first_nodes(study)
     report = Node("report", "report", ("stories", *(n.name for n in tables)))
@@ -268,7 +268,7 @@ def evaluate(study, source, dropout, system_name, limit=None):
     batch = clean_batch(*slots)
     drafts = with_drafts(batch, dropout, generator(EVALUATION_SEED, "draft", "evaluation", "file", dropout))
     steps = steps_for(study, system)
-    latent = nothing if system.layers == "none" else system
+    latent = system if shares_latents(system) else nothing
     readers = {"oracle": lambda part: oracle(latent.encoder, latent.autoencoder, part),
                "no-op": lambda part: nothing.slot_logits(part, 0, study.seed),
                system_name: lambda part: system.slot_logits(part, steps, study.seed)}

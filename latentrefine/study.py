@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FI
            'attention_sizes', 'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study',
            'prior_rates', 'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name',
            'open_klflow', 'steps_for', 'open_peer', 'open_smooth', 'open_refiner', 'open_gaussian', 'chunk_size',
-           'measure', 'describe_run', 'row_of', 'measure_system', 'measure_oracle', 'save_results']
+           'measure', 'describe_run', 'row_of', 'shares_latents', 'measure_system', 'measure_oracle', 'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
 import copy
@@ -431,10 +431,15 @@ GIVEN = "the target's"                         # the length of rows whose drafts
 KEEP_LENGTH = ("mask", "replace", "swap")      # kinds of draft as long as their targets
 
 
+def shares_latents(system):
+    "Whether the latents a system returns are those of one of the study's autoencoders, so that they can be laid beside the real ones."
+    return system.layers != "none" and hasattr(system, "autoencoder")
+
+
 def measure_system(study, system, dropout, steps, count=None, kind="drop", told=False):
     "(row, scores) of an open system on the test split, damaged in the way `kind` at a rate; `told`: with the targets' lengths."
     batch = study.drafts(dropout, count=count, kind=kind)
-    real = () if system.layers == "none" else (study.reading(system.layers).corpus("test").states[:len(batch)], system.autoencoder.project)
+    real = (study.reading(system.layers).corpus("test").states[:len(batch)], system.autoencoder.project) if shares_latents(system) else ()
     result, scores = measure(lambda part: system.slot_logits(part, steps, study.seed), batch.told() if told else batch, *real)
     facts = {**result, "layers": system.layers, "vocabulary": system.vocabulary, "length": "known" if told else GIVEN if kind in KEEP_LENGTH else "unknown"}
     return row_of(study, system.name, system.width, dropout, steps if system.moves else 0, facts), scores

@@ -32,10 +32,12 @@ def tiny_bert(tmp_path_factory):
 TINY = dict(stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus", widths=[32, 16], dropouts=[0., .05],
             shared_prior=True, flow_steps=2, seeds=1, samples=12, peer_stories=4, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
             training={stage: dict(steps=3, lr=5e-3, batch=4, slots=64)
-                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths", "masked", "gpt2")},
+                      for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths", "masked",
+                                    "cosmos_autoencoder", "cosmos", "refiner", "cosmos_variants", "cola_autoencoder", "cola", "cola_variants", "gpt2")},
             sizes=dict(encoder=dict(width=32, layers=2, heads=2, inner=64), timing_gpt2=dict(width=32, layers=1, heads=2),
                        prior=dict(layers=1, inner=32, heads=4), flow=dict(hidden=32, depth=1, heads=4), metric=dict(inner=16),
-                       residual=dict(layers=1, inner=32, heads=4), head={}, aligner={}, klflow=dict(width=32, layers=1, heads=2, t_max=.4), gpt2=dict(width=32, layers=1, heads=2)))
+                       residual=dict(layers=1, inner=32, heads=4), head={}, aligner={}, klflow=dict(width=32, layers=1, heads=2, t_max=.4),
+                       cosmos=dict(latents=8, depth=1, layers=2), cola=dict(width=32, heads=2, vae_layers=1, layers=1), gpt2=dict(width=32, layers=1, heads=2)))
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +63,11 @@ def trained(tiny_preset, tmp_path_factory):
     from latentrefine.readout import ReadoutConfig, train_head
     from latentrefine.residual import ResidualConfig, train_residual
     from latentrefine.study import MAIN_RATE, Study, open_system
+    from latentrefine.systems.cola import ColaConfig, train_cola, train_vae
+    from latentrefine.systems.cosmos import PLAIN, CosmosConfig, train_denoiser, train_smooth
     from latentrefine.systems.klflow import KLFlowConfig, train_klflow
     from latentrefine.systems.lrd import train_masked
+    from latentrefine.systems.smooth_refiner import train_refiner
     from latentrefine.training import Training
 
     study = Study(tiny_preset, out=str(tmp_path_factory.mktemp("trained")))
@@ -86,4 +91,10 @@ def trained(tiny_preset, tmp_path_factory):
     train_parallel(corpus, encoder, start.autoencoder, (0., MAIN_RATE), few, study.model(f"parallel-{d}"))
     train_klflow(corpus, KLFlowConfig(**study.sizes("klflow")), vocabulary_of(study.batches["train"]), (0., MAIN_RATE), few, study.model("klflow"))
     train_masked(corpus, encoder, start.autoencoder, (0., MAIN_RATE), few, study.model(f"masked-{d}"))
+    for name, change in (("cosmos-autoencoder-plain", PLAIN), ("cosmos-autoencoder", {})):
+        smooth, _ = train_smooth(corpus, encoder, CosmosConfig(d, **{**study.sizes("cosmos"), **change}), study.kept, few, study.model(name))
+    train_denoiser(corpus, encoder, smooth, (0., MAIN_RATE), few, study.model("cosmos"))
+    train_refiner(corpus, encoder, smooth, (start.prior.config, sizes), (0., MAIN_RATE), few, study.model("cosmos-refiner"))
+    vae, _ = train_vae(corpus, ColaConfig(**study.sizes("cola")), vocabulary_of(study.batches["train"]), (0., MAIN_RATE), few, study.model("cola-autoencoder"))
+    train_cola(corpus, vae, vae.config, (0., MAIN_RATE), few, study.model("cola"))
     return study

@@ -13,16 +13,21 @@ from latentrefine.encoder import Corpus
 from latentrefine.flow import FlowConfig, train_gaussian_flow
 from latentrefine.recoverability import token_scores
 from latentrefine.refiner import oracle
-from latentrefine.study import EVALUATION_SEED, MAIN_RATE, PEERS, REALIGNED, SYSTEMS, Study, open_gaussian, open_system
+from latentrefine.study import EVALUATION_SEED, MAIN_RATE, PEERS, REALIGNED, SYSTEMS, Study, open_gaussian, open_refiner, open_system
+from latentrefine.systems.cola import ColaConfig, TextVAE, train_cola, train_vae
+from latentrefine.systems.cosmos import CosmosConfig, SmoothAutoencoder, train_denoiser, train_smooth
 from latentrefine.systems.klflow import KLFlowConfig, train_klflow
 from latentrefine.systems.lrd import train_masked
+from latentrefine.systems.smooth_refiner import train_refiner
 from latentrefine.training import Training
 
-GAUSSIAN = "Gaussian start"
-ALL = (*SYSTEMS, GAUSSIAN)
+GAUSSIAN, SMOOTH = "Gaussian start", "DCLR on COSMOS"
+OTHERS = {GAUSSIAN: open_gaussian, SMOOTH: open_refiner}      # systems of one experiment, which no command opens
+ALL = (*SYSTEMS, *OTHERS)
 FLOWS = ("local flow", "metric + OT", "fused readout", "full")
 HEADS = ("fused readout", "full")
-NO_LATENTS = ("re-aligned, tokens", "re-aligned, hard tokens", "insertion tagger", "parallel transformer", *PEERS)
+NO_LATENTS = ("re-aligned, tokens", "re-aligned, hard tokens", "insertion tagger", "parallel transformer", "KL-Flow", "masked diffusion", "LRD")
+WIDTHS = {"Cola DLM": 16}         # of latents, where it is not the encoder's
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def study(trained): return trained
 
 
 @pytest.fixture(scope="module")
-def systems(study): return {name: open_gaussian(study) if name == GAUSSIAN else open_system(study, name) for name in ALL}
+def systems(study): return {name: OTHERS[name](study) if name in OTHERS else open_system(study, name) for name in ALL}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,10 @@ def drafts(study): return study.drafts(.10, count=4)
 
 def networks(system):
     "The networks a system may call, each once."
+    if system.name in ("COSMOS", SMOOTH):
+        nets = [system.net] if system.name == "COSMOS" else list(system.nets.values())
+        return [system.encoder.model, system.smooth.compressor, system.smooth.decompressor, system.smooth.frame.decoder, *nets]
+    if system.name == "Cola DLM": return [system.nets["vae"].into, system.nets["prior"], system.nets["vae"].head]     # encoder and decoder by their last layers
     if system.name in PEERS: return [system.net]
     if system.name == "parallel transformer": return [system.net, system.net.reader]
     parts = ("prior", "flow", "metric", "residual", "head", "aligner")
@@ -64,7 +73,7 @@ def test_shapes_and_honest_counts(systems, drafts, name, steps):
     assert out.logits.shape == (4, 32, VOCAB) and out.logits.dtype == torch.float32 and out.logits.isfinite().all()
     assert out.tokens.shape == (4, 32)
     if name in NO_LATENTS: assert out.latents is None
-    else: assert out.latents.shape == (4, 32, 32) and out.latents.isfinite().all()
+    else: assert out.latents.shape == (4, 32, WIDTHS.get(name, 32)) and out.latents.isfinite().all()
     assert not out.logits.requires_grad and systems[name].vocabulary == "corpus"
     assert systems[name].name == name
 
@@ -121,7 +130,7 @@ def test_modes(systems, study, drafts, name):
         assert same(reader.slot_logits(foreign, 2, 1), out) == (mode != "ORACLE"), mode
     held = study.drafts(.3, count=6, kind="mask")
     visible, started = held.draft_mask & (held.draft_ids != MASK), replace(systems[name], mode="START").slot_logits(held, 2, 1)
-    if name != "KL-Flow": assert torch.equal(started.tokens[visible], held.draft_ids[visible])
+    if name in ("masked diffusion", "LRD"): assert torch.equal(started.tokens[visible], held.draft_ids[visible])
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -137,7 +146,7 @@ def test_padding_reaches_no_valid_slot(systems, drafts, name):
     filled = replace(drafts, prompt_ids=drafts.prompt_ids.where(drafts.prompt_mask, junk), draft_ids=drafts.draft_ids.where(drafts.draft_mask, junk))
     for ours, theirs in ((drafts, filled), (drafts.told(), filled.told())):
         a, b = systems[name].slot_logits(ours, 2, 1), systems[name].slot_logits(theirs, 2, 1)
-        slots = torch.ones_like(drafts.draft_mask) if name in (*REALIGNED, "parallel transformer", *PEERS) else drafts.draft_mask       # these write beyond the draft
+        slots = torch.ones_like(drafts.draft_mask) if name in (*REALIGNED, "parallel transformer", *PEERS, SMOOTH) else drafts.draft_mask       # these write beyond the draft
         assert torch.allclose(a.logits[slots], b.logits[slots], atol=1e-5)
         if a.latents is not None: assert torch.allclose(a.latents[slots], b.latents[slots], atol=1e-5)
 
@@ -175,7 +184,7 @@ def test_the_seed_is_for_noise_alone(systems, drafts, name):
     assert same(systems[name].slot_logits(drafts, 2, 1), out)
     torch.manual_seed(99)                                     # nor does the global generator matter
     assert same(systems[name].slot_logits(drafts, 2, 1), out)
-    assert same(systems[name].slot_logits(drafts, 2, 2), out) == (name not in (GAUSSIAN, "KL-Flow"))
+    assert same(systems[name].slot_logits(drafts, 2, 2), out) == (name not in (GAUSSIAN, "KL-Flow", "COSMOS", "Cola DLM"))
 
 
 def test_the_gaussian_start_ignores_the_draft(systems, drafts):
@@ -246,13 +255,31 @@ def test_no_test_story_is_trained_on(study):
     assert 0 < len(texts["test"]) <= study.preset["test"]
 
 
+COSMOS, COLA = CosmosConfig(32, latents=8, depth=1, layers=2), ColaConfig(32, heads=2, vae_layers=1, layers=1)
+
+
+def untrained_space(parts):
+    torch.manual_seed(0)
+    return SmoothAutoencoder(COSMOS, parts[1].word_embeddings, vocabulary_of(parts[0].batch)).requires_grad_(False)
+
+
+def untrained_vae(parts):
+    torch.manual_seed(0)
+    return TextVAE(COLA, vocabulary_of(parts[0].batch)).requires_grad_(False)
+
+
 MAKE = {"prior": lambda c, f: train_prior(*c, DraftPriorConfig(32, layers=1, heads=4, inner=32), (.05,), *f),
         "gaussian": lambda c, f: train_gaussian_flow(*c, FlowConfig(32, hidden=32, depth=1, heads=4), *f),
         "aligner": lambda c, f: train_aligner(*c, AlignerConfig(32), (.05,), *f),
         "jointly": lambda c, f: train_aligner(*c, AlignerConfig(32, joint_weight=1., share=.5), (.05,), *f),
         "parallel": lambda c, f: train_parallel(*c, (.05,), *f),
         "klflow": lambda c, f: train_klflow(c[0], KLFlowConfig(32, layers=1, heads=2), vocabulary_of(c[0].batch), (.05,), *f),
-        "masked": lambda c, f: train_masked(*c, (.05,), *f)}
+        "masked": lambda c, f: train_masked(*c, (.05,), *f),
+        "cosmos": lambda c, f: train_smooth(c[0], c[1], COSMOS, vocabulary_of(c[0].batch), *f),
+        "denoiser": lambda c, f: train_denoiser(c[0], c[1], untrained_space(c), (.05,), *f),
+        "refiner": lambda c, f: train_refiner(c[0], c[1], untrained_space(c), (DraftPriorConfig(32, layers=1, heads=4, inner=32), FlowConfig(32, hidden=32, depth=1, heads=4)), (.05,), *f),
+        "cola": lambda c, f: train_vae(c[0], COLA, vocabulary_of(c[0].batch), (.05,), *f),
+        "cola prior": lambda c, f: train_cola(c[0], untrained_vae(c), COLA, (.05,), *f)}
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
@@ -267,7 +294,7 @@ def test_training_is_repeatable(study, systems, tmp_path, make):
     assert weights[0] == weights[1] != weights[2]
 
 
-@pytest.mark.parametrize("name", ("aligner", "jointly", "parallel", "klflow", "masked"))
+@pytest.mark.parametrize("name", ("aligner", "jointly", "parallel", "klflow", "masked", "cosmos", "denoiser", "refiner", "cola", "cola prior"))
 def test_interrupted_and_resumed_is_the_same(study, systems, tmp_path, monkeypatch, name):
     "Ctrl-C after any step, and the next run ends with the same weights."
     parts, training = (study.corpus(), study.encoder, systems["no-op"].autoencoder), Training(steps=4, batch=4, slots=64, save_seconds=0)

@@ -439,4 +439,5 @@ class Cola(ColaSettings):
         write_text(Path(folder) / "parts.json", json.dumps(dict(name=self.name, parts=["cola"], mode=self.mode, guidance=self.guidance, start=self.start)))
 
     def load(self, folder):
-        return replace(self, nets=load_cola(Path(folder) / "cola"), **{k: v for k, v in read_parts(Path(folder)).items() if k != "parts"})
+        note = read_parts(Path(folder))
+        return replace(self, nets=load_cola(Path(folder) / "cola"), **{k: v for k, v in note.items() if k != "parts"})
