@@ -46,7 +46,8 @@ def test_one_machine(run):
 
 
 SEEDED = {"table2": ("system", "width", "dropout"), "table3": ("system",), "table4": ("system", "share"), "table5": ("system", "steps"), "gaussian_start": ("system",),
-          "figure1": ("training_step",), "gpt2_comparison": ("system",), "misalignment": ("part", "draft", "dropout", "system"), "realign": ("part", "draft", "dropout", "system", "length", "group"), "basin": ("direction", "at"), "systems": ("system", "mode", "draft", "dropout"), "claims": ("claim", "system", "width", "scale", "reading", "layers")}
+          "figure1": ("training_step",), "gpt2_comparison": ("system",), "misalignment": ("part", "draft", "dropout", "system"), "realign": ("part", "draft", "dropout", "system", "length", "group"), "basin": ("direction", "at"), "systems": ("system", "mode", "draft", "dropout"), "spaces": ("part", "space", "centre", "direction", "at", "reading"),
+          "cosmos": ("part", "system", "mode", "latents", "beta", "sigma", "mu"), "cola": ("part", "system", "steps", "guidance", "noise", "given", "mode"), "claims": ("claim", "system", "width", "scale", "reading", "layers")}
 TEXTS = ("draft", "real targets", "other targets")      # rows of text that nothing was trained for
 
 

@@ -33,7 +33,7 @@ from latentrefine.study import REPORTED, SYSTEMS, Study, load_preset
 from latentrefine.training import Training, read_model, read_state, save_model
 
 PROVENANCE = ("notebook", "preset", "seconds", "commit", "versions", "hardware")
-EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "systems", "klflow", "lrd", "claims")
+EXPERIMENT_NAMES = ("stories", *(f"table{i}" for i in range(1, 7)), "figure1", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "systems", "spaces", "cosmos", "cola", "klflow", "lrd", "claims")
 
 
 def call(*words):
@@ -158,7 +158,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(whole, tmp_path):
     training = {**TINY["training"], "head": {**TINY["training"]["head"], "lr": 1e-3}}
     changed = write_preset(tmp_path / "tiny.yaml", preset, training=training)
     heads = {f"head_{kind}_32_p5_s{seed}" for kind in ("flow", "metric") for seed in (1337, 1338)}
-    assert due(out, changed) == {*heads, "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "systems", "claims", "report"}
+    assert due(out, changed) == {*heads, "table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign", "systems", "spaces", "claims", "report"}
 
 
 def test_another_seed_trains_only_its_own_models(whole):
