@@ -195,13 +195,14 @@ def smooth_loss(net, encoder, batch, slots, gen):
     return (loss, logs) if kl is None else (loss + config.beta * kl, logs | dict(kl=kl.item()))
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c20
-def train_smooth(corpus, encoder, config, kept, training, folder):
-    "Train the autoencoder on the targets of a corpus; returns it frozen, and its curve."
+def train_smooth(corpus, encoder, config, kept, training, folder, reader=None):
+    "Train the autoencoder on the targets of a corpus, its reading head from the weights of `reader` if there is one; returns it frozen, and its curve."
     torch.manual_seed(training.seed)
     net, some = SmoothAutoencoder(config, encoder.word_embeddings.cpu(), kept).to(device()), corpus.batch.rows(slice(0, 512))
     first = torch.cat([states_alone(encoder, part.target_ids, part.target_mask)[part.target_mask] for part in some.to(device()).chunks(64)])
     net.frame.set_statistics(first)
     begin_linear(net, first)
+    if reader is not None: net.frame.decoder.load_state_dict(reader.state_dict())
     def loss_at(step):
         batch = corpus.batch.rows(rows_at(step, len(corpus), training)).to(device())
         return smooth_loss(net, encoder, batch, training.slots, generator(training.seed, "cosmos", step))
@@ -217,7 +218,7 @@ def load_smooth(folder, encoder):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c27
+# %% ../../nbs/systems/40_cosmos.ipynb #c26
 def logits_of(smooth, states, size=64):
     "Logits [batch, 32, vocab] of rebuilt states, `size` stories at a time: they are never held twice."
     logits = torch.empty(*states.shape[:2], VOCAB, device=states.device)
@@ -239,7 +240,7 @@ def mismatch(smooth, encoder, z):
         ids, mask = said(smooth, z)
         return (z - smooth.encode(states_alone(encoder, ids, mask), mask)).square().mean((1, 2))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c32
+# %% ../../nbs/systems/40_cosmos.ipynb #c31
 def signal(t, noise_scale):
     "a_t, the share of the signal's variance at times t in [0, 1], a tensor in double precision."
     return 1 / (1 + (noise_scale * torch.tan(math.pi / 2 * t.double())) ** 2)
@@ -250,7 +251,7 @@ def denoise_step(z, guess, now, after):
     noise = (z - now ** .5 * guess) / (1 - now) ** .5
     return after ** .5 * guess + (1 - after) ** .5 * noise
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c36
+# %% ../../nbs/systems/40_cosmos.ipynb #c35
 class DenoisingBlock(nn.Module):
     "A post-norm BERT block over [batch, n, width], with cross-attention where `crossed`."
     def __init__(self, width, heads, crossed):
@@ -266,7 +267,7 @@ class DenoisingBlock(nn.Module):
         if self.cross is not None: x = self.norm_cross(x + self.cross(x, memory, memory_mask))
         return self.norm(x + self.mlp(x))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c37
+# %% ../../nbs/systems/40_cosmos.ipynb #c36
 class Denoiser(nn.Module):
     "The clean latents [batch, N, width] guessed from noisy ones."
     def __init__(self, config, places=None, crossed=True):
@@ -286,7 +287,7 @@ class Denoiser(nn.Module):
             x = block(x, time, previous, memory, memory_mask)
         return self.out(x)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c41
+# %% ../../nbs/systems/40_cosmos.ipynb #c40
 def context(encoder, frame, batch, read):
     "Normalised states [batch, 64, width] of [prompt; draft] and their mask; the draft only in stories where `read` [batch, 1] is True."
     draft_mask = batch.draft_mask & read
@@ -308,7 +309,7 @@ def denoiser_loss(net, encoder, smooth, batch, gen):
     mse = (net(noisy, given[0], previous, *given[1:]).float() - z).square().mean()
     return mse, dict(mse=mse.item())
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c42
+# %% ../../nbs/systems/40_cosmos.ipynb #c41
 @torch.no_grad()
 def follow(nets, step):
     "Move the average one step towards the net; at first the net itself, then ever more slowly."
@@ -316,10 +317,11 @@ def follow(nets, step):
     for kept, new in zip(nets["average"].parameters(), nets["net"].parameters()): kept.lerp_(new, share)
 
 
-def train_denoiser(corpus, encoder, smooth, dropouts, training, folder):
-    "Train a denoiser in the latent space of `smooth`, drafts at the given rates as context; returns its average over steps, frozen, and the curve."
+def train_denoiser(corpus, encoder, smooth, dropouts, training, folder, start=None):
+    "Train a denoiser in the latent space of `smooth`, drafts at the given rates as context, from the weights of `start` if there is one; returns its average over steps, frozen, and the curve."
     torch.manual_seed(training.seed)
     net = Denoiser(smooth.config).to(device())
+    if start is not None: net.load_state_dict(start.state_dict())
     nets = nn.ModuleDict(dict(net=net, average=copy.deepcopy(net).requires_grad_(False)))
     def loss_at(step):
         follow(nets, step)
@@ -337,7 +339,7 @@ def load_denoiser(folder, encoder):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c45
+# %% ../../nbs/systems/40_cosmos.ipynb #c44
 def cleaned(system, batch, z, times):
     "Latents z [batch, N, width] of a Cosmos `system` brought from the first of `times` [steps + 1] to the last."
     smooth = system.smooth
@@ -348,7 +350,7 @@ def cleaned(system, batch, z, times):
         z = denoise_step(z, guess, now, after)
     return z
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c46
+# %% ../../nbs/systems/40_cosmos.ipynb #c45
 def latents_of(system, batch, steps, seed):
     "Normalised latents [batch, N, width] of a Cosmos `system`, and the number of passes that made them."
     smooth, config = system.smooth, system.smooth.config
@@ -369,7 +371,7 @@ def read_out(system, batch, steps, seed):
     states = system.smooth.decode(z.float()).float()
     return RefineOutput(logits_of(system.smooth, states), states, passes + 2)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c47
+# %% ../../nbs/systems/40_cosmos.ipynb #c46
 def fitted(system, stories, config):
     "A Cosmos `system` trained on `stories`; of the DCLRConfig `config` folder, rates and training are used."
     batch, folder = clean_batch(*slot_stories(stories, system.encoder.tokenizer)[:4]), Path(config.folder)
@@ -389,7 +391,7 @@ def load_cosmos(system, folder):
     folder, note = Path(folder), read_parts(Path(folder))
     return replace(system, smooth=load_smooth(folder / "cosmos-autoencoder", system.encoder), net=load_denoiser(folder / "cosmos", system.encoder), **{k: note[k] for k in ("name", "mode", "start")})
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c48
+# %% ../../nbs/systems/40_cosmos.ipynb #c47
 @dataclass(frozen=True)
 class Cosmos:
     "COSMOS as a System; the latents it returns are the 32 rebuilt states that are read."
