@@ -6,7 +6,8 @@
 __all__ = ['PUBLISHED', 'MAUVE', 'TEXT_VALUES', 'COLUMNS', 'ENDINGS', 'TITLES', 'STYLE', 'published', 'beside_published',
            'over_seeds', 'add_intervals', 'add_gain', 'TextRuler', 'text_table', 'base_column', 'legend', 'save_table',
            'save_figure', 'coloured', 'small_png', 'section', 'write_page', 'reader_of', 'curve_lines', 'system_lines',
-           'short_line', 'realign_line', 'systems_line', 'systems_table', 'claim_line', 'findings']
+           'spaces_line', 'peer_lines', 'short_line', 'realign_line', 'systems_line', 'systems_table', 'claim_line',
+           'findings']
 
 # %% ../nbs/61_report.ipynb #c02
 import base64
@@ -23,7 +24,7 @@ from .encoder import embed_texts
 from .recoverability import mean_of_seeds, paired_difference
 from .refiner import EXCHANGED, PUT_IN
 from .stories import from_slots
-from .study import GIVEN, MAIN_RATE, row_of
+from .study import GIVEN, MAIN_RATE, PEERS, row_of
 from .textmetrics import against_floor, remembered, samples, text_metrics, write_samples
 
 # %% ../nbs/61_report.ipynb #c05
@@ -305,6 +306,31 @@ def system_lines(value, rate=.05):
             f"other real targets reach {text('mauve_floor', 'draft'):.3f} and {text('mauve_floor', 'full', steps=16):.3f} at the same lengths."]
 
 # %% ../nbs/61_report.ipynb #c37
+def spaces_line(folder):
+    "How wide the readable basin is in each latent space, and whether refinement pays in the smooth one."
+    table = pd.read_csv(Path(folder) / "tables" / "spaces.csv")
+    radii = table[(table.part == "basin") & (table.centre == "target")].set_index(["space", "direction"]).half_radius
+    read = table[table.part == "refiner"].set_index(["space", "reading"]).target_probability
+    names = list(dict.fromkeys(space for space, _ in radii.index))
+    def listed(direction): return ", ".join(f"{name} {'never within the norms measured' if pd.isna(radii[name, direction]) else f'{radii[name, direction]:.2f}'}" for name in names)
+    def gain(space): return max(read[space, "DraftPrior"], read[space, "local flow"]) - read[space, "the draft's own latents"]
+    return (f"**Is the basin made by training for it?** (spaces). All latents of a text are moved together, by a multiple of their norm, until a word's probability halves. In a random direction: {listed('random')}. In the most sensitive one: {listed('decoder-sensitive')}. "
+            f"The report's refiner changes what is read of a 5 % draft's own latents by {gain(names[0]):+.3f} in the encoder's space and by {gain('COSMOS'):+.3f} in that of COSMOS.")
+
+
+def peer_lines(value):
+    "One finding from each notebook that takes another paper's system apart."
+    def of(table, column="target_probability", **where): return value(table, column, **where)
+    def rung(name, column, mode="PROMPT"): return of("cosmos", column, part="objective", system=name, mode=mode)
+    def space(name, column="target_probability"): return of("cola", column, part="space", system=name)
+    def lrd(name, column): return of("lrd", column, part="ablation", system=name, mode="COND")
+    def sampler(name, column): return of("klflow", column, part="samplers", system=name, mode="COND", steps=64)
+    return [f"**KL-Flow taken apart** (klflow). With the draft as context, after 64 steps, following the equation recovers {sampler('equation', 'target_probability'):.3f} of the target, the hybrid {sampler('hybrid', 'target_probability'):.3f}, drawing {sampler('drawing', 'target_probability'):.3f}.",
+            f"**LRD taken apart** (lrd). Latent Refinement Decoding reads {lrd('LRD', 'target_probability'):.3f} in {lrd('LRD', 'nfe'):.1f} passes, usual decoding {lrd('masked diffusion', 'target_probability'):.3f} in {lrd('masked diffusion', 'nfe'):.1f}; without refinement it is {lrd('without refinement', 'target_probability'):.3f}, without mixing {lrd('without mix', 'target_probability'):.3f}, without the early stop {lrd('without early stop', 'target_probability'):.3f}.",
+            f"**COSMOS taken apart** (cosmos). Trained shortly, the cross-entropy alone reads {rung('cross-entropy', 'target_probability', 'ORACLE'):.3f} of a target from its own latents, the whole objective {rung('+ thinned latents', 'target_probability', 'ORACLE'):.3f}; the mismatch of what is generated is {rung('cross-entropy', 'mismatch'):.3f} and {rung('+ thinned latents', 'mismatch'):.3f} (paper: {published('cosmos').mismatch.iloc[0]:.3f} and {published('cosmos').mismatch.iloc[3]:.3f}).",
+            f"**Cola DLM taken apart** (cola). With the draft as context a prior over a space that stands still recovers {space('d 16, loc 1'):.3f}, one that evolves with it {space('joint'):.3f}, from scratch {space('from scratch'):.3f}, all trained shortly; words are read back with {space('d 16, loc 1', 'clean'):.3f}, {space('joint', 'clean'):.3f} and {space('from scratch', 'clean'):.3f}."]
+
+# %% ../nbs/61_report.ipynb #c38
 def short_line(value):
     "The study in three sentences."
     def slots(column): return value("misalignment", column, part="slots", system="no-op")
@@ -334,8 +360,9 @@ def systems_line(value, rate=.05):
     lost = {name: read(name, "START", **whole) - read(name, "START") for name in ("no-op", "KL-Flow")}
     judge = next(row["ppl_model"] for row in load_rows(value.folder / "tables" / "systems.json") if row.get("ppl_model"))
     def text(system, column): return value("systems", column, system=system, mode="PROMPT")
-    return (f"**Side by side** (systems). On {read('full', 'START', 'n'):.0f} test stories at 5 % the re-aligned system reads {read('re-aligned', 'START'):.3f}, the report's full system {read('full', 'START'):.3f}, KL-Flow with the draft as context {read('KL-Flow', 'COND'):.3f}, a masked diffusion model {read('masked diffusion', 'COND'):.3f}, the same decoded by Latent Refinement Decoding {read('LRD', 'COND'):.3f} in {read('LRD', 'COND', 'nfe'):.1f} passes for {read('masked diffusion', 'COND', 'nfe'):.1f}. "
-            f"Started from the draft, slot by slot, KL-Flow reads {read('KL-Flow', 'START', **whole):.3f} of whole drafts and {read('KL-Flow', 'START'):.3f} at 5 %{': a dropped token displaces what is behind it there too' if lost['KL-Flow'] > .5 * lost['no-op'] else ''}. From the prompt alone their perplexity under {judge} is {text('KL-Flow', 'ppl'):,.0f}, {text('masked diffusion', 'ppl'):,.0f} and {text('LRD', 'ppl'):,.0f}; that of a GPT-2's own, sampled texts {text('GPT-2', 'ppl'):,.0f}, of real targets {value('systems', 'ppl', system='real targets'):,.0f}.")
+    alone = [f"{text(name, 'ppl'):,.0f}" for name in PEERS]
+    return (f"**Side by side** (systems). On {read('full', 'START', 'n'):.0f} test stories at 5 % the re-aligned system reads {read('re-aligned', 'START'):.3f}, the report's full system {read('full', 'START'):.3f}; with the draft as context, KL-Flow {read('KL-Flow', 'COND'):.3f}, a masked diffusion model {read('masked diffusion', 'COND'):.3f}, the same decoded by Latent Refinement Decoding {read('LRD', 'COND'):.3f} in {read('LRD', 'COND', 'nfe'):.1f} passes for {read('masked diffusion', 'COND', 'nfe'):.1f}, COSMOS {read('COSMOS', 'COND'):.3f}, Cola DLM {read('Cola DLM', 'COND'):.3f}. "
+            f"Started from the draft, slot by slot, KL-Flow reads {read('KL-Flow', 'START', **whole):.3f} of whole drafts and {read('KL-Flow', 'START'):.3f} at 5 %{': a dropped token displaces what is behind it there too' if lost['KL-Flow'] > .5 * lost['no-op'] else ''}. From the prompt alone their perplexity under {judge} is, in this order, {', '.join(alone)}; that of a GPT-2's own, sampled texts {text('GPT-2', 'ppl'):,.0f}, of real targets {value('systems', 'ppl', system='real targets'):,.0f}.")
 
 
 def systems_table(folder, rate=.05):
@@ -360,4 +387,4 @@ def findings(folder):
     machines = {name: load_rows(Path(folder) / "tables" / f"{name}.json")[0]["hardware"].split(",")[0] for name in TITLES}
     elsewhere = [f"{name} on {machine}" for name, machine in machines.items() if machine != machines["table2"]]
     if elsewhere: origin += f" *{', '.join(elsewhere)}.*"
-    return "\n".join([origin, "", *(f"- {line}" for line in [short_line(value), realign_line(value), systems_line(value), *curve_lines(value), *system_lines(value), claim_line(folder)]), "", "The systems side by side, on 5 % drafts, from the prompt alone and with the target (systems):", "", systems_table(folder)])
+    return "\n".join([origin, "", *(f"- {line}" for line in [short_line(value), realign_line(value), systems_line(value), spaces_line(folder), *peer_lines(value), *curve_lines(value), *system_lines(value), claim_line(folder)]), "", "The systems side by side, on 5 % drafts, from the prompt alone and with the target (systems):", "", systems_table(folder)])
