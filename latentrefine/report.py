@@ -313,7 +313,7 @@ def spaces_line(folder):
     read = table[table.part == "refiner"].set_index(["space", "reading"]).target_probability
     names = list(dict.fromkeys(space for space, _ in radii.index))
     def listed(direction): return ", ".join(f"{name} {'never within the norms measured' if pd.isna(radii[name, direction]) else f'{radii[name, direction]:.2f}'}" for name in names)
-    def gain(space): return max(read[space, "DraftPrior"], read[space, "local flow"]) - read[space, "the draft's own latents"]
+    def gain(space): return max(read[space, "DraftPrior"], read[space, "refined"]) - read[space, "the draft's own latents"]
     return (f"**Is the basin made by training for it?** (spaces). All latents of a text are moved together, by a multiple of their norm, until a word's probability halves. In a random direction: {listed('random')}. In the most sensitive one: {listed('decoder-sensitive')}. "
             f"The report's refiner changes what is read of a 5 % draft's own latents by {gain(names[0]):+.3f} in the encoder's space and by {gain('COSMOS'):+.3f} in that of COSMOS.")
 

@@ -9,7 +9,8 @@ __all__ = ['PRESETS', 'SECTIONS', 'CONFIGS', 'SHARES', 'LEAST', 'MAIN_RATE', 'FI
            'attention_sizes', 'demands', 'check_values', 'read_yaml', 'load_preset', 'percent', 'stories_mark', 'Study',
            'prior_rates', 'prior_name', 'open_system', 'aligner_name', 'open_realigned', 'open_parallel', 'klflow_name',
            'open_klflow', 'steps_for', 'open_peer', 'open_smooth', 'open_refiner', 'open_gaussian', 'chunk_size',
-           'measure', 'describe_run', 'row_of', 'shares_latents', 'measure_system', 'measure_oracle', 'save_results']
+           'measure', 'paper_preset', 'describe_run', 'row_of', 'shares_latents', 'measure_system', 'measure_oracle',
+           'save_results']
 
 # %% ../nbs/60_study.ipynb #c02
 import copy
@@ -412,10 +413,14 @@ def measure(logits_of, batch, states=None, project=None):
 NOT_SIZES = ("stories", "encoder", "precision", "seeds", "gpt2", "timing_batches", "claim_widths")      # fields that make no run smaller than the report's
 
 
+@lru_cache
+def paper_preset(): return load_preset("paper")
+
+
 def describe_run(study):
     "Facts about a study that each of its rows carries: stories, vocabulary, whether the target's length is known."
     source = study.source if study.source in SOURCES else Path(study.source).name
-    paper = load_preset("paper")
+    paper = paper_preset()
     reduced = any(study.preset[field] != paper[field] for field in paper if field not in NOT_SIZES)
     return dict(stories=source, precision=study.preset["precision"], layers=study.layers, train_stories=len(study.batches["train"]),
                 vocabulary=study.preset["vocabulary"], shared_prior=study.preset["shared_prior"], length="unknown", reduced=reduced)
