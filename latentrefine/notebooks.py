@@ -15,6 +15,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.modules.setdefault("rfc3987_syntax", None)     # with it, nbformat's schemas build a grammar of addresses for a second, in every process, and never ask it
+
 import nbformat
 import papermill
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -170,8 +169,8 @@ def modules_of(source):
 @lru_cache
 def code_of(notebook):
     "A digest of the code of an experiment notebook and of every module it reaches."
-    cells = nbformat.read(EXPERIMENTS / f"{notebook}.ipynb", 4).cells
-    source = "\n".join(c.source for c in cells if c.cell_type == "code")
+    cells = json.loads((EXPERIMENTS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     texts = [syntax(source), *(syntax(path.read_text()) for path in modules_of(source))]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
