@@ -30,7 +30,7 @@ def tiny_bert(tmp_path_factory):
 
 
 TINY = dict(stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus", widths=[32, 16], dropouts=[0., .05],
-            shared_prior=True, flow_steps=2, seeds=1, samples=12, peer_stories=4, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
+            shared_prior=True, flow_steps=2, seeds=1, samples=12, peer_stories=2, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
             training={stage: dict(steps=3, lr=5e-3, batch=4, slots=64)
                       for stage in ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths", "masked",
                                     "cosmos_autoencoder", "cosmos", "refiner", "cosmos_variants", "cola_autoencoder", "cola", "cola_variants", "gpt2")},
