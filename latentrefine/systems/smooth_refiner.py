@@ -128,4 +128,5 @@ class SmoothRefiner:
         write_text(Path(folder) / "parts.json", json.dumps(dict(name=self.name, parts=["cosmos-refiner"])))
 
     def load(self, folder):
-        return replace(self, nets=load_refiner(Path(folder) / "cosmos-refiner", self.encoder), name=read_parts(Path(folder))["name"])
+        name = read_parts(Path(folder))["name"]
+        return replace(self, nets=load_refiner(Path(folder) / "cosmos-refiner", self.encoder), name=name)
