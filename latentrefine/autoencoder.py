@@ -32,7 +32,7 @@ def over_vocabulary(logits, kept):
     whole = unseen.expand(*logits.shape[:-1], VOCAB).scatter(-1, kept.expand(*logits.shape[:-1], -1), logits)
     return whole.index_copy(-1, torch.tensor([UNK], device=logits.device), unseen)
 
-
+# %% ../nbs/20_autoencoder.ipynb #c06
 class TokenReader(nn.Module):
     "Latents [..., width] to logits over the kept word pieces [..., kept]; `full` gives all 30,522."
     def __init__(self, width, word_embeddings, kept=None):
@@ -55,13 +55,13 @@ class TokenReader(nn.Module):
         "Logits over the whole vocabulary [..., 30522], fp32."
         return over_vocabulary(self(z), self.kept)
 
-# %% ../nbs/20_autoencoder.ipynb #c09
+# %% ../nbs/20_autoencoder.ipynb #c10
 @dataclass(frozen=True)
 class AutoencoderConfig:
     encoder_width: int   # width of BERT's states
     width: int           # d, width of a latent (report: 768 or 256)
 
-# %% ../nbs/20_autoencoder.ipynb #c10
+# %% ../nbs/20_autoencoder.ipynb #c11
 class Autoencoder(nn.Module):
     "Projection P and decoder D around frozen BERT states."
     def __init__(self, config, word_embeddings, kept=None):
@@ -86,7 +86,7 @@ class Autoencoder(nn.Module):
         z = (states - self.mean) / self.scale
         return z if self.narrow is None else F.layer_norm(self.narrow(z), (self.config.width,))
 
-# %% ../nbs/20_autoencoder.ipynb #c12
+# %% ../nbs/20_autoencoder.ipynb #c13
 def valid_slots(mask, count, gen):
     "Flat positions of at most `count` valid slots of a mask [batch, slots], drawn without replacement."
     places = mask.flatten().nonzero().squeeze(1).cpu()
@@ -100,7 +100,7 @@ def token_scores_of(reader, latents, ids, mask, count, gen):
     loss = F.cross_entropy(reader(latents.flatten(0, 1)[places]).float(), reader.classes[ids.flatten()[places]], reduction="none")
     return loss.mean(), loss.detach().neg().exp().mean().item()
 
-# %% ../nbs/20_autoencoder.ipynb #c13
+# %% ../nbs/20_autoencoder.ipynb #c14
 def vocabulary_of(batch):
     "Ids of the word pieces of a batch's prompts and targets, [UNK] among them, in order."
     return torch.cat([batch.prompt_ids.flatten(), batch.target_ids.flatten(), torch.tensor([UNK])]).unique()
@@ -120,7 +120,7 @@ def train_autoencoder(corpus, encoder, config, kept, training, folder):
     curve = fit(net, loss_at, training, folder, f"autoencoder d={config.width}")
     return finish(folder, net, {**asdict(config), "encoder": encoder.name, "encoder_digest": encoder.digest}, training, curve), curve
 
-# %% ../nbs/20_autoencoder.ipynb #c14
+# %% ../nbs/20_autoencoder.ipynb #c15
 def load_autoencoder(folder, encoder, **expected):
     "The autoencoder saved in `folder`, frozen; raises StudyError when damaged or trained on another encoder."
     config, weights = read_model(folder, encoder_digest=encoder.digest, **expected)
@@ -128,7 +128,7 @@ def load_autoencoder(folder, encoder, **expected):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../nbs/20_autoencoder.ipynb #c16
+# %% ../nbs/20_autoencoder.ipynb #c17
 def draft_latents(encoder, autoencoder, batch):
     "(z_p, z_d), each [batch, 32, width], from encoding [prompt; draft]; the target is not read."
     z = autoencoder.project(encoder.hidden(batch.prompt_ids, batch.prompt_mask, batch.draft_ids, batch.draft_mask))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROOT', 'PROMPT_SLOTS', 'TARGET_SLOTS', 'VOCAB', 'PAD', 'UNK', 'CLS', 'SEP', 'MASK', 'MODES', 'VERSIONED',
            'ROW_FIELDS', 'StudyError', 'Batch', 'RefineOutput', 'System', 'check_mode', 'generator', 'story_noise',
-           'device', 'autocast', 'sweep', 'writing', 'write_text', 'versions', 'hardware', 'commit', 'provenance',
-           'save_rows', 'load_rows']
+           'device', 'fast_precision', 'autocast', 'sweep', 'writing', 'write_text', 'versions', 'hardware', 'commit',
+           'provenance', 'save_rows', 'load_rows']
 
 # %% ../nbs/00_core.ipynb #c02
 import hashlib
@@ -100,7 +100,7 @@ class System(Protocol):
     def load(self, folder):
         "Read what `save` wrote; returns self."
 
-
+# %% ../nbs/00_core.ipynb #c15
 MODES = ("COND", "PROMPT", "START", "ORACLE")     # the draft as context, not at all, as the start of the state; the target itself, a bound
 
 
@@ -108,7 +108,7 @@ def check_mode(mode):
     "StudyError unless `mode` is one of MODES: the ways to use a system that can be used in several."
     if mode not in MODES: raise StudyError(f"mode {mode!r}: not known; choose from {', '.join(MODES)}")
 
-# %% ../nbs/00_core.ipynb #c16
+# %% ../nbs/00_core.ipynb #c17
 def generator(seed, *labels):
     "A CPU random generator fixed by `seed` and the labels that say what it is for."
     import torch
@@ -122,11 +122,19 @@ def story_noise(batch, width, seed):
     rows = batch.prompt_ids.where(batch.prompt_mask, PAD).tolist()
     return torch.stack([torch.randn(TARGET_SLOTS, width, generator=generator(seed, tuple(row))) for row in rows])
 
-# %% ../nbs/00_core.ipynb #c20
+# %% ../nbs/00_core.ipynb #c21
 def device():
     "The accelerator if there is one, else the CPU."
     import torch
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_precision(precision):
+    "The `precision` itself, or \"float32\" for bfloat16 on an x86 processor without instructions for it."
+    import torch
+    has = getattr(torch.cpu, "get_capabilities", dict)()        # older versions of PyTorch cannot tell
+    emulated = device().type == "cpu" and has.get("architecture") == "x86_64" and not (has.get("avx512_bf16") or has.get("amx_bf16"))
+    return "float32" if precision == "bfloat16" and emulated else precision
 
 
 def autocast(precision):
@@ -136,7 +144,7 @@ def autocast(precision):
     if precision == "bfloat16": return torch.autocast(device().type, torch.bfloat16)
     raise StudyError(f"precision: {precision!r} is not known; use float32 or bfloat16")
 
-# %% ../nbs/00_core.ipynb #c22
+# %% ../nbs/00_core.ipynb #c24
 def sweep(path):
     "Remove what processes that were killed while writing `path` left beside it."
     for scratch in Path(path).parent.glob(f".{Path(path).name}.*.partial"):
@@ -160,12 +168,12 @@ def writing(path):
     finally:
         if scratch.exists(): scratch.unlink()
 
-# %% ../nbs/00_core.ipynb #c23
+# %% ../nbs/00_core.ipynb #c25
 def write_text(path, text):
     "Write `text` to `path`, all or nothing."
     with writing(path) as scratch: scratch.write_text(text, encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #c27
+# %% ../nbs/00_core.ipynb #c29
 VERSIONED = ("latentrefine", "torch", "transformers", "numpy", "POT", "mauve-text")
 
 
@@ -188,7 +196,7 @@ def hardware():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, {gpu}"
 
-# %% ../nbs/00_core.ipynb #c28
+# %% ../nbs/00_core.ipynb #c30
 def commit():
     "The commit of the checkout the code runs from, marked `+` when code has changed since; `unknown` outside git."
     def git(*words): return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -198,7 +206,7 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
-# %% ../nbs/00_core.ipynb #c29
+# %% ../nbs/00_core.ipynb #c31
 ROW_FIELDS = ("system", "encoder", "width", "dropout", "split", "n", "seed", "steps")
 
 
@@ -218,7 +226,7 @@ def save_rows(path, rows, run):
         whole.append({**row, **run})
     write_text(path, json.dumps(whole, indent=1) + "\n")
 
-# %% ../nbs/00_core.ipynb #c30
+# %% ../nbs/00_core.ipynb #c32
 def load_rows(path):
     "Read the rows written by `save_rows`."
     path = Path(path)

@@ -54,7 +54,7 @@ def moved(values, k, fill=NEVER):
     "values [..., counts] with every count raised by k, or lowered by -k."
     return F.pad(values, (k, -k), value=fill)
 
-
+# %% ../nbs/26_realign.ipynb #c14
 def gap_posterior(gaps, places, weights):
     "P(count before the place, gap at the place) [batch, places, counts, most + 1]; weights as from `total_weights`."
     gaps, ways = settled(gaps, places), range(gaps.shape[-1])
@@ -69,7 +69,7 @@ def gap_posterior(gaps, places, weights):
     log = torch.stack(forward, 1)[..., None] + torch.stack(backward[::-1], 1)
     return (log - log.flatten(2).logsumexp(-1)[..., None, None]).exp()
 
-# %% ../nbs/26_realign.ipynb #c15
+# %% ../nbs/26_realign.ipynb #c16
 @dataclass(frozen=True)
 class Alignment:
     "Probabilities of the alignment of drafts with their targets; over reads and fills a target slot sums to the probability that the target reaches it."
@@ -82,7 +82,7 @@ class Alignment:
     @property
     def within(self): return self.reads.sum(2) + self.missing    # [batch, slots]: target slot j lies before the target's end
 
-# %% ../nbs/26_realign.ipynb #c16
+# %% ../nbs/26_realign.ipynb #c17
 def by_slot(counts, shift):
     "counts [batch, places, counts] as [batch, slots, places]: for every target slot and place the value at the count `shift` [slots, places]."
     place = torch.arange(shift.shape[1], device=shift.device)
@@ -99,13 +99,13 @@ def align(gaps, mask, ended, length):
     fills = torch.stack([by_slot(longer[..., r], shift - r) for r in range(most)], -1)
     return Alignment(by_slot(after, shift)[..., :slots] * mask[:, None], fills)
 
-# %% ../nbs/26_realign.ipynb #c20
+# %% ../nbs/26_realign.ipynb #c21
 def realign(alignment, z_d, fill):
     "Latents [batch, slots, width] at their target slots, from draft latents `z_d` of that shape and `fill` [batch, places, most, width]."
     gaps = alignment.fills.to(fill.dtype).flatten(2) @ fill.flatten(1, 2)
     return alignment.reads.to(z_d.dtype) @ z_d + gaps
 
-# %% ../nbs/26_realign.ipynb #c24
+# %% ../nbs/26_realign.ipynb #c25
 @torch.no_grad()
 def best_gaps(alignment, mask, ended, length):
     """Gaps [batch, slots + 1] of the monotone path through `alignment.reads` with the most expected hits.
@@ -128,7 +128,7 @@ def best_gaps(alignment, mask, ended, length):
     left = (length - have - gaps.sum(1)).clamp(min=0).where(~ended, 0)
     return gaps.scatter_add(1, have[:, None], left[:, None])
 
-
+# %% ../nbs/26_realign.ipynb #c26
 def certain(gaps, mask, most=3):
     "The `Alignment` in which every gap of `gaps` [batch, slots + 1] is sure. In a gap longer than `most` the later tokens count as its last."
     places, before = torch.arange(gaps.shape[1], device=gaps.device), gaps.cumsum(1) - gaps
@@ -138,7 +138,7 @@ def certain(gaps, mask, most=3):
     inside = (rank >= 0) & (rank < gaps[:, None])
     return Alignment(reads.float(), (F.one_hot(rank.clamp(0, most - 1), most) * inside[..., None]).float())
 
-# %% ../nbs/26_realign.ipynb #c28
+# %% ../nbs/26_realign.ipynb #c30
 def spread(ids, mask, gaps):
     "(ids, mask) of drafts [batch, slots] with every token moved to its slot and [MASK] in the gaps [batch, slots + 1]; what no longer fits is lost."
     slots = torch.arange(mask.shape[1], device=mask.device)

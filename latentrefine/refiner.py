@@ -236,7 +236,7 @@ def described(logits, draft, tokenizer):
     found, lost = marks([one for one in draft if one != MASK], ids[:length])
     return from_slots(torch.tensor([ids]), tokenizer)[0], list(zip(pieces[:length], probability.tolist(), found)), tokenizer.convert_ids_to_tokens(lost)
 
-
+# %% ../nbs/30_refiner.ipynb #c16
 def refine_text(system, prompt, draft, steps=4, seed=1337):
     "`described` for a prompt and a draft given as text."
     if not draft.strip(): raise StudyError("draft: it is empty; give the text to refine")

@@ -138,7 +138,7 @@ COLUMNS = {  # column -> what it holds
     "direction": "where a real latent is moved", "half_radius": "how far, in lengths of the latent, until the word's probability halves", "unmoved": "target probability at the real latent, or at the centre named",
     "space": "whose latents", "centre": "where the text's latents are moved from: the target's, or those that were made from the draft", "away": "distance of the centre from the target's latents, in lengths of these",
     "at_draft": "target probability when moved as far as the draft's own latents lie", "at_system": "the same, as far as what the space's system made of the draft", "reading": "what is read in the space",
-    "latent": "numbers in a token's latent", "loc": "mean of the logit of the times that are trained on: the larger, the noisier", "block": "latents written at once", "log_snr": "the fixed log of signal over noise in a latent; 0: learned",
+    "latent": "numbers in a token's latent", "loc": "mean of the logit of the times that are trained on: the larger, the noisier", "block": "latents written at once", "patch": "words of a latent", "pace": "learning rate of the autoencoder, of the prior's", "turns": "steps for which both are trained, then the prior alone for as many; 0: always both", "log_snr": "the fixed log of signal over noise in a latent; 0: learned",
     "snr": "the same, measured", "guidance": "how far beyond the history's word the velocity goes; 1: not at all", "noise": "noise on the latents, in deviations of these", "latents": "latents of a text", "beta": "weight of the divergence of variational latents from a standard normal", "sigma": "noise that is added to latents, in their deviations",
     "mu": "share of the way from one text's latents to another's", "mismatch": "squared difference between generated latents and those of the words they are read as", "error": "squared difference that noise on the way makes in the last latents", "given": "words of the target that are given",
     "clean": "probability of the words of clean targets, read from their latents", "validation": "target probability of validation stories, by which settings are chosen",
@@ -250,7 +250,7 @@ def section(folder, name, title):
     note = f'<details><summary>columns</summary><ul>{means}</ul></details><p><small>Notebook: <a href="{executed}">{executed}</a>. {html.escape(origin)}</small>'
     return f"<h2>{title}</h2>\n{body}{picture}{note}\n"
 
-
+# %% ../nbs/61_report.ipynb #c31
 def write_page(folder, title):
     "Write report.html from the tables and figures in a folder; returns its path."
     folder = Path(folder)
@@ -259,7 +259,7 @@ def write_page(folder, title):
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
-# %% ../nbs/61_report.ipynb #c34
+# %% ../nbs/61_report.ipynb #c35
 def reader_of(folder):
     "A function value(table, column, **where): mean over the rows of a table in `folder` with these fields; StudyError if there is none."
     def value(table, column, **where):
@@ -270,7 +270,7 @@ def reader_of(folder):
     value.folder = Path(folder)
     return value
 
-# %% ../nbs/61_report.ipynb #c35
+# %% ../nbs/61_report.ipynb #c36
 def curve_lines(value, rates=(.03, .05, .10)):
     "The findings about the curve of Table 2."
     rows = dict(part="curve", draft="drop")
@@ -287,7 +287,7 @@ def curve_lines(value, rates=(.03, .05, .10)):
             f"**Shift or loss** (misalignment). On {value('misalignment', 'n', part='kinds'):.0f} stories at 5 % the no-op reads {kind('drop'):.3f} slot by slot and {kind('drop', 'aligned_probability'):.3f} when the ruler may shift; with the same tokens dropped and a `[MASK]` left in their place, {kind('mask'):.3f}; with everything moved by one slot and nothing dropped, {kind('shift'):.3f}.",
             f"**Step or slope** (misalignment). Does reading break at the first drop or fade? On the same stories the no-op reads {slots('before_first_drop'):.3f} before the first drop and {slots('behind_first_drop'):.3f} behind it."]
 
-# %% ../nbs/61_report.ipynb #c36
+# %% ../nbs/61_report.ipynb #c37
 def system_lines(value, rate=.05):
     "The findings about starts, refiners, geometry and text."
     def three(system, column="target_probability"): return value("table3", column, system=system)
@@ -305,7 +305,7 @@ def system_lines(value, rate=.05):
             f"**Text metrics** (Table 5). Against targets of other stories, which no system has read, MAUVE of the unrefined draft is {text('mauve_unpaired', 'draft'):.3f}, of the full system after 16 steps {text('mauve_unpaired', 'full', steps=16):.3f}; "
             f"other real targets reach {text('mauve_floor', 'draft'):.3f} and {text('mauve_floor', 'full', steps=16):.3f} at the same lengths."]
 
-# %% ../nbs/61_report.ipynb #c37
+# %% ../nbs/61_report.ipynb #c38
 def spaces_line(folder):
     "How wide the readable basin is in each latent space, and whether refinement pays in the smooth one."
     table = pd.read_csv(Path(folder) / "tables" / "spaces.csv")
@@ -330,7 +330,7 @@ def peer_lines(value):
             f"**COSMOS taken apart** (cosmos). Trained shortly, the cross-entropy alone reads {rung('cross-entropy', 'target_probability', 'ORACLE'):.3f} of a target from its own latents, the whole objective {rung('+ thinned latents', 'target_probability', 'ORACLE'):.3f}; the mismatch of what is generated is {rung('cross-entropy', 'mismatch'):.3f} and {rung('+ thinned latents', 'mismatch'):.3f} (paper: {published('cosmos').mismatch.iloc[0]:.3f} and {published('cosmos').mismatch.iloc[3]:.3f}).",
             f"**Cola DLM taken apart** (cola). With the draft as context a prior over a space that stands still recovers {space('d 16, loc 1'):.3f}, one that evolves with it {space('joint'):.3f}, from scratch {space('from scratch'):.3f}, all trained shortly; words are read back with {space('d 16, loc 1', 'clean'):.3f}, {space('joint', 'clean'):.3f} and {space('from scratch', 'clean'):.3f}."]
 
-# %% ../nbs/61_report.ipynb #c38
+# %% ../nbs/61_report.ipynb #c39
 def short_line(value):
     "The study in three sentences."
     def slots(column): return value("misalignment", column, part="slots", system="no-op")
@@ -352,7 +352,7 @@ def realign_line(value):
             f"A DraftPrior trained on the re-aligned drafts reads {read('re-aligned, then DraftPrior'):.3f}, at cross-entropy {read('re-aligned, then DraftPrior', column='ce'):.2f} in place of {read('re-aligned', column='ce'):.2f}. "
             f"Read as a mixture of latents, the alignment has {soft('re-aligned, soft')}; as a mixture of tokens, {soft('re-aligned, tokens')}.")
 
-
+# %% ../nbs/61_report.ipynb #c40
 def systems_line(value, rate=.05):
     "The systems of other papers beside DCLR and the re-aligned one."
     def read(system, mode, column="target_probability", **where): return value("systems", column, system=system, mode=mode, **(where or dict(draft="drop", dropout=rate)))
@@ -372,7 +372,7 @@ def systems_table(folder, rate=.05):
     shown = table[["system", "mode", "draft", "target_probability", "missing", "ce", "aligned_probability", "ppl", "diversity", "nfe", "stories seen", "seconds", "M", "ms, one a call", "ms, many"]]
     return shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=(*[""] * 3, *[".3f"] * 2, ".2f", ".3f", ".0f", ".3f", ".1f", ".0f", ".0f", ".1f", ".3g", ".3g"), missingval="-")
 
-
+# %% ../nbs/61_report.ipynb #c41
 def claim_line(folder):
     "The verdicts of the notebook `claims` on the report's six conclusions."
     verdicts = pd.read_csv(Path(folder) / "tables" / "claims.csv")

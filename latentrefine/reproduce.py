@@ -284,7 +284,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     "Help with the default behind each option that has one; for an empty one the help itself says what it means."
     def _get_help_string(self, action): return action.help if action.default in ("", None) else super()._get_help_string(action)
 
-
+# %% ../nbs/62_reproduce.ipynb #c25
 def parser():
     "The argument parser of `latentrefine`."
     shared = argparse.ArgumentParser(add_help=False)
@@ -312,7 +312,7 @@ def parser():
     four.add_argument("names", nargs="*", metavar="TABLE", help="tables such as table2; none: all")
     return main
 
-# %% ../nbs/62_reproduce.ipynb #c25
+# %% ../nbs/62_reproduce.ipynb #c26
 def print_tables(study, names):
     "Print the Markdown tables of a study."
     folder = study.out / "tables"
@@ -323,12 +323,12 @@ def print_tables(study, names):
         print(f"\n{name}\n\n{(folder / f'{name}.md').read_text(encoding='utf-8')}")
     if not known: raise StudyError(f"{folder}: no tables yet; make them with: latentrefine reproduce --preset {study.preset_path}")
 
-# %% ../nbs/62_reproduce.ipynb #c26
+# %% ../nbs/62_reproduce.ipynb #c27
 def absolute(path, names=()):
     "A user's path, taken from where the command was called; names in `names` and empty strings stay."
     return path if not path or path in names else str(Path(path).expanduser().absolute())
 
-# %% ../nbs/62_reproduce.ipynb #c27
+# %% ../nbs/62_reproduce.ipynb #c28
 def run_command(given):
     "Carry out parsed arguments."
     stories = absolute(given.stories, SOURCES)
@@ -353,7 +353,7 @@ def run_command(given):
         print(f"\n{rows[0]['left_out']} training stories left out; {rows[0]['targets_truncated']:.1%} of targets do not fit in 32 slots and are cut\nwritten: {target}")
     if given.command == "tables": print_tables(study, given.names)
 
-# %% ../nbs/62_reproduce.ipynb #c28
+# %% ../nbs/62_reproduce.ipynb #c29
 def main(arguments=None):
     "Parse and carry out a command line; exit code 0, or 2 for a user's error. Ctrl-C is left to `63_command`."
     try: run_command(parser().parse_args(arguments))

@@ -225,6 +225,7 @@ luck: {he} even had time for {food2} by the {spot}. | {friend2} took {number2} p
 luck: The owner of the {place2} offered {him} {number2} dollars. | Behind the {spot} {he} saw a {animal2} with a {gift2}.
 """)
 
+# %% ../nbs/01_stories.ipynb #c27
 ENDS = table("""
 trouble: {friend2} helped {him}, and they were done by {day}. | {he} went home, ate some {food3} and felt {bad}.
 trouble: {he} laughed and bought a new {tool} on {day}. | {he} felt {bad} and promised to be more careful.
@@ -242,7 +243,7 @@ luck: {he} drove home {way} and slept until {day}. | {he} wrote about it in a {c
 luck: {he} ate {food3} at the {place3} until it got dark. | {he} gave {his} {relative3} a {color3} {gift3}.
 """)
 
-# %% ../nbs/01_stories.ipynb #c27
+# %% ../nbs/01_stories.ipynb #c28
 KINDS = [table(kind) for kind in """
 one: {name} wanted to bake a {treat} for {his} {relative}. | {name} promised to bring a {treat} to the school fair. | {name} entered a baking contest with a {treat}.
 two: {he} had never used the old oven in the kitchen before. | {he} found the recipe in a dusty magazine under the couch. | {he} bought flour, butter and {number} eggs at the store.
@@ -357,7 +358,7 @@ tool: sketchbook | easel | frame | tripod
 spot: gallery | art table | museum wall
 """.split("\n\n")]
 
-# %% ../nbs/01_stories.ipynb #c29
+# %% ../nbs/01_stories.ipynb #c30
 def expand(template, choices, drawn, rng):
     "A sentence from a template: slots are drawn from `choices` once and kept in `drawn`."
     def fill(match):
@@ -378,7 +379,7 @@ def one_story(rng):
     plan = [*(rng.choice(kind[part]) for part in ("one", "two", "three")), rng.choice(TURNS[tone]), rng.choice(ENDS[tone])]
     return [expand(template, FILLERS | kind, drawn, rng) for template in plan]
 
-# %% ../nbs/01_stories.ipynb #c30
+# %% ../nbs/01_stories.ipynb #c31
 def embedded_stories(n, seed=1337):
     "`n` distinct stories from the grammar, fixed by `seed`; fewer are a prefix of more."
     rng, found = random.Random(seed), {}
@@ -387,7 +388,7 @@ def embedded_stories(n, seed=1337):
         found.setdefault(story.key, story)
     return list(found.values())
 
-# %% ../nbs/01_stories.ipynb #c36
+# %% ../nbs/01_stories.ipynb #c37
 EMBEDDED = 4000
 
 
@@ -399,7 +400,7 @@ def read_stories(source, limit=None):
     stories = hub_stories() if str(source) == "rocstories" else file_stories(source)
     return list(islice(stories, limit))
 
-# %% ../nbs/01_stories.ipynb #c41
+# %% ../nbs/01_stories.ipynb #c42
 def words(story):
     "The story's words, lower-case, without punctuation."
     return tuple(re.findall(r"\w+", story.text.lower().replace("'", "").replace("’", "")))
@@ -422,7 +423,7 @@ def near_pairs(sets):
         yield from ((i, j) for j in {j for s in rare for j in earlier[s]} if near(shingles, sets[j]))
         for s in rare: earlier[s].append(i)
 
-# %% ../nbs/01_stories.ipynb #c43
+# %% ../nbs/01_stories.ipynb #c44
 def groups(stories):
     "The hash, 32 hex digits, of each story's group representative."
     texts = [words(s) for s in stories]
@@ -446,7 +447,7 @@ def split_stories(stories):
         split["train" if share < .8 else "validation" if share < .9 else "test"].append(story)
     return split
 
-# %% ../nbs/01_stories.ipynb #c47
+# %% ../nbs/01_stories.ipynb #c48
 def slots(rows, width):
     "Lists of ids as ids [n, width], int64, and mask [n, width], bool; longer rows are cut."
     ids = torch.full((len(rows), width), PAD)
@@ -466,7 +467,7 @@ def to_slots(texts_prompt, texts_target, tokenizer):
     truncated = torch.tensor([len(row) > TARGET_SLOTS for row in targets], dtype=torch.bool)
     return *slots(prompts, PROMPT_SLOTS), *slots(targets, TARGET_SLOTS), truncated
 
-# %% ../nbs/01_stories.ipynb #c48
+# %% ../nbs/01_stories.ipynb #c49
 def slot_stories(stories, tokenizer):
     "`to_slots` of the stories' prompts and targets."
     return to_slots([s.prompt for s in stories], [s.target for s in stories], tokenizer)
@@ -477,7 +478,7 @@ def from_slots(ids, tokenizer):
     rows = [row[:row.index(SEP)] if SEP in row else row for row in ids.tolist()]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-# %% ../nbs/01_stories.ipynb #c52
+# %% ../nbs/01_stories.ipynb #c53
 def describe(stories, tokenizer):
     "Counts and shares that tell corpora apart: repetition, vocabulary (distinct word pieces), and what 32 slots cut off."
     prompts = pieces([s.prompt for s in stories], tokenizer)

@@ -30,7 +30,7 @@ from .aligner import AlignerConfig, load_aligner
 from .autoencoder import load_autoencoder, vocabulary_of
 from .baselines.gpt2 import GPT2Size
 from .baselines.parallel import Parallel, load_parallel
-from .core import ROOT, TARGET_SLOTS, VOCAB, StudyError, commit, device, generator, provenance, save_rows, writing
+from .core import ROOT, TARGET_SLOTS, VOCAB, StudyError, commit, device, fast_precision, generator, provenance, save_rows, writing
 from .draft_prior import DraftPriorConfig, load_prior
 from .drafts import clean_batch, with_drafts
 from .encoder import LAYERS, Corpus, clean_hidden, data_digest, load_encoder, read_encoder
@@ -185,17 +185,17 @@ class Study:
         self.source = source if source in SOURCES else str(ROOT / source)
         self.seed, self.seeds = seed, seeds or self.preset["seeds"]
         self.full, self.narrow = self.preset["widths"]
-        self.layers = "last"
+        self.layers, self.precision = "last", fast_precision(self.preset["precision"])
         self.started = time.monotonic()
 
     @cached_property
     def encoder(self):
-        name, precision = self.preset["encoder"], self.preset["precision"]
+        name = self.preset["encoder"]
         own = self.out / "models" / "encoder"
         if name == IN_DOMAIN and not (own / "config.json").exists():
             raise StudyError(f"model encoder: not found in {own.parent}; train it with: latentrefine reproduce encoder (and the --preset and --out of this study)")
         place = own if name == IN_DOMAIN else ROOT / name
-        encoder = load_encoder(str(place) if place.is_dir() else name, precision)
+        encoder = load_encoder(str(place) if place.is_dir() else name, self.precision)
         if self.full != encoder.width:
             raise StudyError(f"preset {self.preset_path}: widths {self.preset['widths']} must begin with the {encoder.width} of encoder {encoder.name}")
         return encoder
@@ -274,7 +274,7 @@ class Study:
     def training(self, stage):
         "The preset's `Training` of a stage."
         facts = json.dumps([self.preset, data_digest(self.batches["train"]), commit()], sort_keys=True)
-        own = dict(precision=self.preset["precision"], seed=self.seed, key=hashlib.sha256(facts.encode()).hexdigest()[:16])
+        own = dict(precision=self.precision, seed=self.seed, key=hashlib.sha256(facts.encode()).hexdigest()[:16])
         return Training(**own, **self.preset["training"][stage])
 
     def sizes(self, part): return self.preset["sizes"][part]
@@ -339,7 +339,7 @@ def open_realigned(study, name, *variant):
     autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}-mixed"), encoder, width=study.full)
     return Realigned(encoder, autoencoder, load_aligner(study.model(aligner_name(study.full, *variant)), encoder, width=study.full), REALIGNED[name], name=name)
 
-
+# %% ../nbs/60_study.ipynb #c20
 def open_parallel(study):
     "The parallel transformer."
     autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}"), study.encoder, width=study.full)
@@ -359,7 +359,7 @@ def open_klflow(study, *way):
     net = load_klflow(study.model(klflow_name(*way)))
     return KLFlow(study.encoder, net, switch=FOLLOWED * net.config.t_max)
 
-
+# %% ../nbs/60_study.ipynb #c21
 def steps_for(study, system):
     "Steps that a system is given where an experiment does not vary them: its own number, or the preset's Euler steps."
     return study.preset["flow_steps"] if system.steps is None else system.steps
@@ -379,7 +379,7 @@ def open_smooth(study, plain=False):
     "The autoencoder of COSMOS, or the one that was trained `plain`, by cross-entropy alone."
     return load_smooth(study.model("cosmos-autoencoder" + "-plain" * plain), study.encoder)
 
-
+# %% ../nbs/60_study.ipynb #c22
 def open_refiner(study):
     "DCLR's refiner on the latents of COSMOS."
     return SmoothRefiner(study.encoder, open_smooth(study), load_refiner(study.model("cosmos-refiner"), study.encoder))
@@ -390,7 +390,7 @@ def open_gaussian(study):
     autoencoder = load_autoencoder(study.model(f"autoencoder-{study.full}"), study.encoder, width=study.full)
     return GaussianStart(study.encoder, autoencoder, load_flow(study.model(f"gaussian-{study.full}"), width=study.full)[0])
 
-# %% ../nbs/60_study.ipynb #c21
+# %% ../nbs/60_study.ipynb #c24
 # Stories a chunk. On a CPU the logits of 8 stories stay below 32 MiB, above which glibc asks the system for fresh pages each time.
 def chunk_size(): return 128 if device().type == "cuda" else 8
 
@@ -409,7 +409,7 @@ def measure(logits_of, batch, states=None, project=None):
     real = torch.cat([project(torch.from_numpy(states[i:i + size]).float().to(device()))[:, 32:].cpu() for i in range(0, len(batch), size)])
     return {**result, **latent_geometry(torch.cat(latents), real, batch.target_mask)}, scores
 
-# %% ../nbs/60_study.ipynb #c22
+# %% ../nbs/60_study.ipynb #c25
 NOT_SIZES = ("stories", "encoder", "precision", "seeds", "gpt2", "timing_batches", "claim_widths")      # fields that make no run smaller than the report's
 
 
@@ -422,7 +422,7 @@ def describe_run(study):
     source = study.source if study.source in SOURCES else Path(study.source).name
     paper = paper_preset()
     reduced = any(study.preset[field] != paper[field] for field in paper if field not in NOT_SIZES)
-    return dict(stories=source, precision=study.preset["precision"], layers=study.layers, train_stories=len(study.batches["train"]),
+    return dict(stories=source, precision=study.precision, layers=study.layers, train_stories=len(study.batches["train"]),
                 vocabulary=study.preset["vocabulary"], shared_prior=study.preset["shared_prior"], length="unknown", reduced=reduced)
 
 
@@ -431,7 +431,7 @@ def row_of(study, system, width, dropout, steps, result, split="test"):
     facts = dict(system=system, encoder=study.encoder.name, width=width, dropout=dropout, split=split, seed=study.seed, steps=steps)
     return {**facts, **describe_run(study), **result}
 
-# %% ../nbs/60_study.ipynb #c23
+# %% ../nbs/60_study.ipynb #c26
 GIVEN = "the target's"                         # the length of rows whose drafts keep it, and of bounds that read the target
 KEEP_LENGTH = ("mask", "replace", "swap")      # kinds of draft as long as their targets
 
@@ -449,7 +449,7 @@ def measure_system(study, system, dropout, steps, count=None, kind="drop", told=
     facts = {**result, "layers": system.layers, "vocabulary": system.vocabulary, "length": "known" if told else GIVEN if kind in KEEP_LENGTH else "unknown"}
     return row_of(study, system.name, system.width, dropout, steps if system.moves else 0, facts), scores
 
-
+# %% ../nbs/60_study.ipynb #c27
 def measure_oracle(study, autoencoder, dropout=0., count=None):
     "(row, scores) of the real target latents on the test split; the draft plays no part in it."
     result, scores = measure(lambda part: oracle(study.encoder, autoencoder, part), study.drafts(0., count=count))

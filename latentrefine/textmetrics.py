@@ -77,7 +77,7 @@ def _quiet():
             os.dup2(kept, 2)
             os.close(kept)
 
-
+# %% ../nbs/11_textmetrics.ipynb #c14
 def _mauve():
     "MAUVE as a function of the arguments of `compute_mauve`, on one thread: on some hundred texts several wait for one another. StudyError if the package is absent."
     try:
@@ -91,7 +91,7 @@ def _mauve():
         with _quiet(), threadpool_limits(1): return compute_mauve(**facts, verbose=False).mauve
     return alone
 
-# %% ../nbs/11_textmetrics.ipynb #c14
+# %% ../nbs/11_textmetrics.ipynb #c15
 def _features(p, q):
     "Both feature sets as fp32 arrays; ValueError unless they are finite and of one shape [n, width]."
     p, q = np.asarray(p, np.float32), np.asarray(q, np.float32)
@@ -108,7 +108,7 @@ def mauve_score(features_p, features_q, buckets=None, seeds=5):
     scores = [compute(p_features=p, q_features=q, num_buckets=buckets, seed=seed) for seed in range(seeds)]
     return dict(mauve=float(np.mean(scores)), mauve_spread=float(np.ptp(scores)))
 
-# %% ../nbs/11_textmetrics.ipynb #c22
+# %% ../nbs/11_textmetrics.ipynb #c23
 def mauve_with_interval(features_p, features_q, repeats=20, seed=0):
     "`mauve_score` with `mauve_low` and `mauve_high`: score +- 1.96 sd over `repeats` resamplings of the rows, the same rows on both sides."
     p, q = _features(features_p, features_q)
@@ -120,7 +120,7 @@ def mauve_with_interval(features_p, features_q, repeats=20, seed=0):
     half = 1.96 * float(np.std(scores, ddof=1))
     return {**score, "mauve_low": max(0., score["mauve"] - half), "mauve_high": min(1., score["mauve"] + half)}
 
-# %% ../nbs/11_textmetrics.ipynb #c27
+# %% ../nbs/11_textmetrics.ipynb #c28
 def piece_counts(texts, tokenizer):
     "Word pieces of each text."
     return [len(row) for row in pieces(texts, tokenizer)]
@@ -132,7 +132,7 @@ def cut_to(texts, lengths, tokenizer):
     return [text if len(row) <= max(1, length) else tokenizer.decode(row[:max(1, length)])
             for text, row, length in zip(texts, pieces(texts, tokenizer), lengths)]
 
-# %% ../nbs/11_textmetrics.ipynb #c31
+# %% ../nbs/11_textmetrics.ipynb #c32
 def remembered(embed):
     "`embed(texts) -> [n, width]`, which computes each different text once; an empty text is embedded as a full stop."
     seen = {}
@@ -142,7 +142,7 @@ def remembered(embed):
         return np.stack([seen[text or "."] for text in texts])
     return features
 
-# %% ../nbs/11_textmetrics.ipynb #c35
+# %% ../nbs/11_textmetrics.ipynb #c36
 def against_floor(value, low, high):
     "Where a value of MAUVE lies: inside, above or below the floor's interval (low, high)."
     return "below" if value < low else "above" if value > high else "inside"
@@ -164,7 +164,7 @@ def text_metrics(texts, references, others, embed, tokenizer):
     for name in ("mauve", "mauve_unpaired"): found[f"{name}_against_floor"] = against_floor(found[name], found["mauve_floor_low"], found["mauve_floor_high"])
     return dict(n=len(texts), distinct1=distinct_n(texts, 1), distinct2=distinct_n(texts, 2), repetition=repetition_rate(texts), words=mean_length(texts), **found)
 
-# %% ../nbs/11_textmetrics.ipynb #c40
+# %% ../nbs/11_textmetrics.ipynb #c41
 SAMPLE_FIELDS = ("story", "prompt", "draft", "reference", "output")
 
 
@@ -179,7 +179,7 @@ def samples(prompts, drafts, references, outputs):
     "The rows of `write_samples` from four lists of strings, stories numbered from 0."
     return [dict(zip(SAMPLE_FIELDS, row)) for row in zip(range(len(outputs)), prompts, drafts, references, outputs, strict=True)]
 
-# %% ../nbs/11_textmetrics.ipynb #c44
+# %% ../nbs/11_textmetrics.ipynb #c45
 def latency(call, repeats=5, warmup=1, limit=30.):
     "Median `seconds` of `call()`, the number of timed `repeats` behind it, and whether they were `warm`; no call starts after `limit` seconds."
     def clock():

@@ -122,19 +122,21 @@ def load_state(path, net, optimizer, key):
     return note["step"], note["curve"]
 
 # %% ../nbs/04_training.ipynb #c18
-def fit(net, loss_at, training, folder, label):
-    "Train `net` on `loss_at(step) -> (loss, {name: float})`; returns the curve, a list of one dict a step, `seconds` counted from the first. Resumes from `folder`."
+def fit(net, loss_at, training, folder, label, slow=(), pace=1.):
+    """Train `net` on `loss_at(step) -> (loss, {name: float})`, the modules `slow` at `pace` times the learning rate; returns the curve, a list of one dict a step,
+    `seconds` counted from the first. Resumes from `folder`."""
     state = Path(folder) / "state.safetensors"
     sweep(state)
     key = json.dumps([label, asdict(training), sum(p.numel() for p in net.parameters())])
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.lr, betas=(.9, .98), weight_decay=.01)
+    parameters, slowed = [p for p in net.parameters() if p.requires_grad], {id(p) for module in slow for p in module.parameters()} if pace != 1 else set()
+    groups = [dict(params=part, pace=share) for share, part in ((1., [p for p in parameters if id(p) not in slowed]), (pace, [p for p in parameters if id(p) in slowed])) if part]
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(.9, .98), weight_decay=.01)
     start, curve = load_state(state, net, optimizer, key)
     net.train()
     saved = time.monotonic()
     began = saved - (curve[-1]["seconds"] if curve else 0)
     for step in tqdm(range(start, training.steps), desc=label, initial=start, total=training.steps, mininterval=5):
-        optimizer.param_groups[0]["lr"] = rate_at(step, training.steps, training.lr)
+        for group in optimizer.param_groups: group["lr"] = group["pace"] * rate_at(step, training.steps, training.lr)
         with autocast(training.precision): loss, logs = loss_at(step)
         if not loss.isfinite(): raise StudyError(f"{label}: the loss is {loss.item()} at step {step}; lower lr (now {training.lr}) in the preset")
         optimizer.zero_grad(); loss.backward()

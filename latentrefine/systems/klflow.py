@@ -111,7 +111,7 @@ def rotated(x, places):
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
-
+# %% ../../nbs/systems/41_klflow.ipynb #c25
 class Block(nn.Module):
     "One layer over [batch, n, width]; keys are read where `mask` [batch, n] is True."
     def __init__(self, width, heads):
@@ -125,7 +125,7 @@ class Block(nn.Module):
         x = x + self.out(read.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(rms(x))).square())
 
-# %% ../../nbs/systems/41_klflow.ipynb #c25
+# %% ../../nbs/systems/41_klflow.ipynb #c26
 class Denoiser(nn.Module):
     "Logits [batch, 32, kept] over the kept word pieces; `counts` [kept] says how often each stands in a training target."
     def __init__(self, config, kept, counts):
@@ -152,7 +152,7 @@ class Denoiser(nn.Module):
         for block in self.blocks: x = block(x, self.places, mask)
         return self.head(rms(x[:, -TARGET_SLOTS:]))
 
-# %% ../../nbs/systems/41_klflow.ipynb #c27
+# %% ../../nbs/systems/41_klflow.ipynb #c28
 def train_klflow(corpus, config, kept, dropouts, training, folder):
     "Train a denoiser on a corpus, drafts at the given rates; `kept`: ids it can emit, or None for all. Returns it frozen, and its curve."
     torch.manual_seed(training.seed)
@@ -173,7 +173,7 @@ def train_klflow(corpus, config, kept, dropouts, training, folder):
     curve = fit(net, loss_at, training, folder, f"KL-Flow denoiser, {config.path} path")
     return finish(folder, net, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
 
-
+# %% ../../nbs/systems/41_klflow.ipynb #c29
 def load_klflow(folder):
     "The denoiser saved in `folder`, frozen."
     config, weights = read_model(folder)
@@ -181,7 +181,7 @@ def load_klflow(folder):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/41_klflow.ipynb #c29
+# %% ../../nbs/systems/41_klflow.ipynb #c31
 def ode_step(log_x, p, h):
     "log x [..., vocab] after a step of length h in s, towards the guess p."
     return (math.exp(-h) * log_x - math.expm1(-h) * certainty(p.shape[-1]) * p).log_softmax(-1)
@@ -202,7 +202,7 @@ def follow(guess, log_x, times, switch, noise, path=kl_path):
         else: log_x = path(noise(k, "state"), (p - noise(k, "word")).argmax(-1), torch.full((*log_x.shape[:-1], 1), after, device=log_x.device))
     return log_x
 
-# %% ../../nbs/systems/41_klflow.ipynb #c34
+# %% ../../nbs/systems/41_klflow.ipynb #c36
 FOLLOWED = .28 / .3      # share of the time that the hybrid follows the equation, as in the paper's code
 def chunk_size(): return 64 if device().type == "cuda" else 8      # stories whose states are held at a time
 
@@ -212,7 +212,7 @@ def story_log_noise(batch, vocab, seed, *labels):
     rows = batch.prompt_ids.where(batch.prompt_mask, PAD).tolist()
     return torch.stack([log_noise(TARGET_SLOTS, vocab, on_device(generator(seed, "klflow", tuple(row), *labels))) for row in rows])
 
-
+# %% ../../nbs/systems/41_klflow.ipynb #c37
 @dataclass(frozen=True)
 class KLFlow:
     "Logit-KL flow matching as a System. Of `encoder` only name, tokenizer and precision are used."

@@ -62,7 +62,7 @@ def masked_shares(count, gen):
     t = (torch.randperm(count, generator=gen) + torch.rand(count, generator=gen)) / count
     return .001 + .999 * t
 
-
+# %% ../../nbs/systems/42_lrd.ipynb #c08
 def train_masked(corpus, encoder, autoencoder, dropouts, training, folder):
     "Train a masked diffusion model on a corpus, drafts at the given rates; returns it frozen, and its curve."
     torch.manual_seed(training.seed)
@@ -81,7 +81,7 @@ def train_masked(corpus, encoder, autoencoder, dropouts, training, folder):
     curve = fit(net, loss_at, training, folder, "masked diffusion model")
     return finish(folder, net, {"encoder_digest": encoder.digest, "dropouts": list(dropouts)}, training, curve), curve
 
-
+# %% ../../nbs/systems/42_lrd.ipynb #c09
 def load_masked(folder, encoder, autoencoder):
     "The masked diffusion model saved in `folder`, frozen."
     _, weights = read_model(folder, encoder_digest=encoder.digest)
@@ -89,7 +89,7 @@ def load_masked(folder, encoder, autoencoder):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/42_lrd.ipynb #c10
+# %% ../../nbs/systems/42_lrd.ipynb #c12
 def entropy(p):
     "Entropy in nats [...] of distributions p [..., vocab]."
     return torch.special.entr(p).sum(-1)
@@ -115,7 +115,7 @@ def soft_vectors(p, words, mask_vector, r_f, top_p):
     alpha = (r_f * (1 - entropy(p) / math.log(p.shape[-1]))).clamp(0, r_f)[..., None] * (top_p > 0)
     return (1 - alpha) * mask_vector + alpha * (nucleus(p, top_p) @ words)
 
-# %% ../../nbs/systems/42_lrd.ipynb #c13
+# %% ../../nbs/systems/42_lrd.ipynb #c15
 @dataclass(frozen=True)
 class LRDConfig:
     r_f: float = .2             # greatest share of words in a soft slot
@@ -138,7 +138,7 @@ def mean_by_story(values, is_open):
     "Mean of the values [n] of the open slots of each story, [stories]; `is_open` [stories, 32] has n of them, at least one a story."
     return torch.zeros(is_open.shape, device=values.device).masked_scatter(is_open, values).sum(1) / is_open.sum(1)
 
-# %% ../../nbs/systems/42_lrd.ipynb #c14
+# %% ../../nbs/systems/42_lrd.ipynb #c16
 class Slots:
     "The target slots of a batch while they are decoded: ids, which are open, what was read when a slot was settled, and passes a story."
     def __init__(self, ids, is_open, kept):
@@ -153,13 +153,13 @@ class Slots:
         place = live[story], slot
         self.ids[place], self.logits[place], self.order[place], self.open[place] = words, logits, step, False
 
-# %% ../../nbs/systems/42_lrd.ipynb #c15
+# %% ../../nbs/systems/42_lrd.ipynb #c17
 def surest(p, is_open, count):
     "Which of the open slots, bool [n], are the `count` of their story with the least entropy; `p` [n, vocab] of the n slots that `is_open` [stories, 32]."
     unsure = torch.full(is_open.shape, torch.inf, device=p.device).masked_scatter(is_open, entropy(p))
     return torch.zeros_like(is_open).scatter(1, unsure.topk(count, largest=False).indices, True)[is_open]
 
-
+# %% ../../nbs/systems/42_lrd.ipynb #c18
 def decode(look, slots, net, config, truth=None):
     """Settle all open slots. `look(rows, vectors, where)` gives logits [n, kept] of the n slots `where` [rows, 32] of the stories `rows`, from word vectors of their
     target slots; `truth` [batch, 32]: words to commit in place of the model's own."""
@@ -204,7 +204,7 @@ def decode(look, slots, net, config, truth=None):
         live, logits, p, each = live[~done], logits[~ended], after[~ended], each[~ended]
         if not len(live): return
 
-# %% ../../nbs/systems/42_lrd.ipynb #c17
+# %% ../../nbs/systems/42_lrd.ipynb #c20
 @dataclass(frozen=True)
 class LRD:
     "A masked diffusion model as a System, decoded as `config` says; `PLAIN` is the model's usual decoding. `autoencoder`: what its network started from."

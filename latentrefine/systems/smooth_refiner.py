@@ -55,7 +55,7 @@ def refiner_loss(nets, smooth, latents, noise, t, batch, count, gen):
     mse = F.mse_loss(z_0.float(), z_1)
     return mse + ce + matching, dict(ce=ce.item(), target_probability=probability, mse=mse.item(), force_error=matching.item())
 
-
+# %% ../../nbs/systems/44_smooth_refiner.ipynb #c08
 def train_refiner(corpus, encoder, smooth, sizes, dropouts, training, folder):
     "Train DraftPrior and flow of the `sizes` (DraftPriorConfig, FlowConfig) on fresh drafts; returns them frozen, a ModuleDict, and the curve."
     torch.manual_seed(training.seed)
@@ -71,7 +71,7 @@ def train_refiner(corpus, encoder, smooth, sizes, dropouts, training, folder):
     curve = fit(nets, loss_at, training, folder, f"DCLR on COSMOS, {smooth.config.latents} latents")
     return finish(folder, nets, {**note_of(nets, encoder), "dropouts": list(dropouts)}, training, curve), curve
 
-# %% ../../nbs/systems/44_smooth_refiner.ipynb #c08
+# %% ../../nbs/systems/44_smooth_refiner.ipynb #c09
 def note_of(nets, encoder):
     "What the config.json of a refiner says of it."
     return dict(prior=asdict(nets["prior"].config), flow=asdict(nets["flow"].config), encoder=encoder.name, encoder_digest=encoder.digest)
@@ -84,7 +84,7 @@ def load_refiner(folder, encoder):
     nets.load_state_dict(weights)
     return nets.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/44_smooth_refiner.ipynb #c10
+# %% ../../nbs/systems/44_smooth_refiner.ipynb #c11
 @dataclass(frozen=True)
 class SmoothRefiner:
     "DCLR's DraftPrior and local flow on the latents of COSMOS, as a System; the latents it returns are the 32 rebuilt states that are read."
