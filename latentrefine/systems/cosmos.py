@@ -22,7 +22,7 @@ from torch import nn
 
 from ..autoencoder import Autoencoder, AutoencoderConfig, token_scores_of, vocabulary_name, vocabulary_of
 from ..blocks import Attention, attend, time_features
-from ..core import SEP, TARGET_SLOTS, VOCAB, RefineOutput, StudyError, autocast, check_mode, device, generator, story_noise, write_text
+from ..core import PROMPT_SLOTS, SEP, TARGET_SLOTS, VOCAB, RefineOutput, StudyError, autocast, check_mode, device, generator, story_noise, write_text
 from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
@@ -261,10 +261,10 @@ class DenoisingBlock(nn.Module):
         self.mlp, self.norm = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)), nn.LayerNorm(width)
         self.time, self.before = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x, time, previous, memory, memory_mask):
+    def forward(self, x, time, previous, looks, memory, memory_mask):
         x = x + self.time(time)[:, None] + self.before(previous)
         x = self.norm_own(x + self.own(x, x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)))
-        if self.cross is not None: x = self.norm_cross(x + self.cross(x, memory, memory_mask))
+        if self.cross is not None: x = self.norm_cross(x + self.cross(x + looks, memory, memory_mask))
         return self.norm(x + self.mlp(x))
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c36
@@ -277,14 +277,25 @@ class Denoiser(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
         self.blocks = nn.ModuleList(DenoisingBlock(width, config.heads, crossed) for _ in range(config.layers))
         self.out = nn.Linear(width, width)
+        self.looks, self.context_places = (nn.Parameter(torch.randn(n, width)) if crossed else None for n in (len(self.places), PROMPT_SLOTS + TARGET_SLOTS))
+        if crossed: self.begin_at_slots()
+
+    @torch.no_grad()
+    def begin_at_slots(self):
+        "Start with cross-attention in which a latent finds, by its place, the words of the draft on the slots that are its own."
+        N = len(self.looks)
+        self.looks.zero_().index_add_(0, torch.arange(TARGET_SLOTS) * N // TARGET_SLOTS, self.context_places[PROMPT_SLOTS:]).mul_(min(1, N / TARGET_SLOTS) ** .5)
+        for block in self.blocks:
+            for layer in (block.cross.query, block.cross.key): nn.init.eye_(layer.weight); nn.init.zeros_(layer.bias)
 
     def forward(self, z, t, previous, memory=None, memory_mask=None):
         "From latents z at times t [batch], an earlier guess `previous` or zeros, and the context `memory` [batch, m, width]."
         x, time, kept = z + self.places[:z.shape[1]], self.time(time_features(t, z.shape[-1])), []
+        if memory is not None: memory = memory + self.context_places[:memory.shape[1]]
         for number, block in enumerate(self.blocks):
             if number < len(self.blocks) // 2: kept.append(x)
             else: x = x + kept.pop()
-            x = block(x, time, previous, memory, memory_mask)
+            x = block(x, time, previous, self.looks, memory, memory_mask)
         return self.out(x)
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c40
