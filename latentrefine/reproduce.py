@@ -179,7 +179,7 @@ def key_of(study, node):
     "The digest of everything a node's result depends on, short of the nodes it needs."
     source = (EXPERIMENTS / f"{node.notebook}.ipynb").read_text(encoding="utf-8").replace('\\"', '"')
     numbers = [path.read_text() for path in sorted(PUBLISHED.glob("*.csv")) if f'"{path.stem}"' in source and not node.notebook.startswith("stage_")]     # those the notebook names
-    facts = [numbers, node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, stories_mark(study.source), code_of(node.notebook)]
+    facts = [numbers, node.parameters, node.settings, {k: study.preset[k] for k in COMMON}, study.precision, stories_mark(study.source), code_of(node.notebook)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/62_reproduce.ipynb #c16

@@ -72,7 +72,7 @@ def check_keys(where, given, known):
 
 def settable(known):
     "Fields of a dataclass that a preset may set; seed, precision, key and the width of latents come from the study."
-    def given(field): return field.name in ("seed", "precision", "key", "path", "given") or field.name == "width" and field.default is MISSING
+    def given(field): return field.name in ("seed", "precision", "key", "path", "given", "patch", "turns") or field.name == "width" and field.default is MISSING
     return {field.name: field for field in fields(known) if not given(field)}
 
 

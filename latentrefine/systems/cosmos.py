@@ -346,6 +346,7 @@ def train_denoiser(corpus, encoder, smooth, dropouts, training, folder, start=No
 def load_denoiser(folder, encoder):
     "The denoiser saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
+    if "looks" not in weights: raise StudyError(f"model {folder}: of an older version, whose latents had no place to look at; delete the folder, then train it again with: latentrefine reproduce cosmos (with the --preset and --out of this study)")
     net = Denoiser(CosmosConfig(**{f: config[f] for f in CosmosConfig.__dataclass_fields__}))
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
