@@ -128,8 +128,8 @@ def fit(net, loss_at, training, folder, label, slow=(), pace=1.):
     state = Path(folder) / "state.safetensors"
     sweep(state)
     key = json.dumps([label, asdict(training), pace, sum(p.numel() for p in net.parameters())])
-    parameters, slowed = [p for p in net.parameters() if p.requires_grad], {id(p) for module in slow for p in module.parameters()} if pace != 1 else set()
-    groups = [dict(params=part, pace=share) for share, part in ((1., [p for p in parameters if id(p) not in slowed]), (pace, [p for p in parameters if id(p) in slowed])) if part]
+    parameters, late = [p for p in net.parameters() if p.requires_grad], {id(p) for module in slow for p in module.parameters()}
+    groups = [dict(params=[p for p in parameters if (id(p) in late) == is_late], pace=pace if is_late else 1.) for is_late in (False, True)]
     optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(.9, .98), weight_decay=.01)
     start, curve = load_state(state, net, optimizer, key)
     net.train()

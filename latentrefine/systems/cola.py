@@ -364,7 +364,7 @@ def joint_loss(nets, reference, columns, mask, count, gen, joint=True):
     drift, flow = kl_gaussian(*own, *before)[patches].mean(), flow_loss(prior, z, patches, gen)
     return flow + loss + vae.config.reference * drift, dict(flow=flow.item(), drift=drift.item(), **logs)
 
-
+# %% ../../nbs/systems/43_cola.ipynb #c42
 def train_cola(corpus, vae, config, dropouts, training, folder):
     "Stage 2: the prior, and with `config.joint` the autoencoder with it, from the state `vae`; returns both frozen, a ModuleDict, and the curve."
     torch.manual_seed(training.seed)
@@ -379,7 +379,7 @@ def train_cola(corpus, vae, config, dropouts, training, folder):
     curve = fit(nets, loss_at, training, folder, f"Cola prior, blocks of {config.block}", (own,), config.pace)
     return finish(folder, nets, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
 
-# %% ../../nbs/systems/43_cola.ipynb #c42
+# %% ../../nbs/systems/43_cola.ipynb #c43
 def load_vae(folder):
     "The autoencoder saved in `folder`, frozen."
     config, weights = read_model(folder)
@@ -395,7 +395,7 @@ def load_cola(folder):
     nets.load_state_dict(weights)
     return nets.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/43_cola.ipynb #c46
+# %% ../../nbs/systems/43_cola.ipynb #c47
 def written(system, batch, steps, seed):
     "Latents of the prefix and of the text that `system` writes after it, or with ORACLE of the target; the words' mask [batch, 96]; the number of passes."
     vae, begin, encodings = system.nets["vae"], 1., 1
@@ -414,7 +414,7 @@ def written(system, batch, steps, seed):
     z, passes = write(system.nets["prior"], prefix, patched(mask[:, :PREFIX], config.patch), z, torch.linspace(begin, 0, steps + 1).tolist(), system.guidance)
     return torch.cat([prefix, z], 1), mask, encodings + passes
 
-# %% ../../nbs/systems/43_cola.ipynb #c47
+# %% ../../nbs/systems/43_cola.ipynb #c48
 @dataclass(frozen=True)
 class ColaSettings:
     "What a Cola DLM is made of, and what can be said of it without running it."
@@ -437,7 +437,7 @@ class ColaSettings:
     @property
     def vocabulary(self): return vocabulary_name(self.nets["vae"].kept)
 
-# %% ../../nbs/systems/43_cola.ipynb #c48
+# %% ../../nbs/systems/43_cola.ipynb #c49
 class Cola(ColaSettings):
     "Cola DLM as a System."
     @torch.no_grad()

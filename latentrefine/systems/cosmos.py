@@ -342,7 +342,7 @@ def train_denoiser(corpus, encoder, smooth, dropouts, training, folder, start=No
     follow(nets, training.steps)
     return finish(folder, nets["average"], {**asdict(smooth.config), "encoder": encoder.name, "encoder_digest": encoder.digest, "dropouts": list(dropouts)}, training, curve), curve
 
-
+# %% ../../nbs/systems/40_cosmos.ipynb #c44
 def load_denoiser(folder, encoder):
     "The denoiser saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
@@ -351,7 +351,7 @@ def load_denoiser(folder, encoder):
     net.load_state_dict(weights)
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c44
+
 def cleaned(system, batch, z, times):
     "Latents z [batch, N, width] of a Cosmos `system` brought from the first of `times` [steps + 1] to the last."
     smooth = system.smooth
