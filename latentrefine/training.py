@@ -118,7 +118,7 @@ def load_state(path, net, optimizer, key):
     for number, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         start = f"adam.{number}."
         state = {k[len(start):]: v for k, v in tensors.items() if k.startswith(start)}
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+        optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
     return note["step"], note["curve"]
 
 # %% ../nbs/04_training.ipynb #c18
@@ -130,7 +130,7 @@ def fit(net, loss_at, training, folder, label, slow=(), pace=1.):
     key = json.dumps([label, asdict(training), pace, sum(p.numel() for p in net.parameters())])
     parameters, late = [p for p in net.parameters() if p.requires_grad], {id(p) for module in slow for p in module.parameters()}
     groups = [dict(params=[p for p in parameters if (id(p) in late) == is_late], pace=pace if is_late else 1.) for is_late in (False, True)]
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(.9, .98), weight_decay=.01)
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(.9, .98), weight_decay=.01, fused=True)     # one pass over memory: a quarter of the time of one operation after another
     start, curve = load_state(state, net, optimizer, key)
     net.train()
     saved = time.monotonic()
