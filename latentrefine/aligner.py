@@ -19,7 +19,7 @@ from .autoencoder import draft_latents, token_scores_of
 from .core import SEP, TARGET_SLOTS, device, generator
 from .drafts import keep_mask, pack
 from .realign import align, certain, gaps_of, places_of, realign
-from .training import finish, fit, read_model, rows_at
+from .training import filled, finish, fit, read_model, rows_at, sizes_of
 
 # %% ../nbs/27_aligner.ipynb #c05
 @dataclass(frozen=True)
@@ -128,6 +128,5 @@ def train_aligner(corpus, encoder, autoencoder, config, dropouts, training, fold
 def load_aligner(folder, encoder, **expected):
     "The aligner saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest, **expected)
-    net = Aligner(AlignerConfig(**{f: config[f] for f in AlignerConfig.__dataclass_fields__ if f in config}), encoder.model)
-    net.load_state_dict(weights)
-    return net.to(device()).eval().requires_grad_(False)
+    net = Aligner(sizes_of(AlignerConfig, config), encoder.model)
+    return filled(net, weights, folder)

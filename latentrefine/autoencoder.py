@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import PROMPT_SLOTS, UNK, VOCAB, device, generator
-from .training import finish, fit, read_model, rows_at
+from .training import filled, finish, fit, read_model, rows_at
 
 # %% ../nbs/20_autoencoder.ipynb #c05
 def vocabulary_name(kept):
@@ -125,8 +125,7 @@ def load_autoencoder(folder, encoder, **expected):
     "The autoencoder saved in `folder`, frozen; raises StudyError when damaged or trained on another encoder."
     config, weights = read_model(folder, encoder_digest=encoder.digest, **expected)
     net = Autoencoder(AutoencoderConfig(config["encoder_width"], config["width"]), encoder.word_embeddings.cpu(), weights["decoder.kept"])
-    net.load_state_dict(weights)
-    return net.to(device()).eval().requires_grad_(False)
+    return filled(net, weights, folder)
 
 # %% ../nbs/20_autoencoder.ipynb #c17
 def draft_latents(encoder, autoencoder, batch):

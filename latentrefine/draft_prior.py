@@ -17,7 +17,7 @@ from .autoencoder import draft_latents, target_latents, token_scores_of
 from .blocks import Attention, place_features
 from .core import TARGET_SLOTS, device, generator
 from .drafts import with_drafts
-from .training import finish, fit, read_model, rows_at
+from .training import filled, finish, fit, read_model, rows_at, sizes_of
 
 # %% ../nbs/21_draft_prior.ipynb #c05
 class PriorLayer(nn.Module):
@@ -127,6 +127,5 @@ def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder
 def load_prior(folder, **expected):
     "The DraftPrior saved in `folder`, frozen."
     config, weights = read_model(folder, **expected)
-    prior = DraftPrior(DraftPriorConfig(**{f: config[f] for f in DraftPriorConfig.__dataclass_fields__}))
-    prior.load_state_dict(weights)
-    return prior.to(device()).eval().requires_grad_(False)
+    prior = DraftPrior(sizes_of(DraftPriorConfig, config))
+    return filled(prior, weights, folder)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from .autoencoder import TokenReader, valid_slots
-from .core import device, generator
+from .core import generator
 from .draft_prior import drafted
-from .training import finish, fit, read_model
+from .training import filled, finish, fit, read_model
 
 # %% ../nbs/25_readout.ipynb #c05
 @dataclass(frozen=True)
@@ -59,5 +59,4 @@ def load_head(folder, autoencoder, **expected):
     "(head, share): the auxiliary head saved in `folder`, frozen, and its share of the logits."
     config, weights = read_model(folder, **expected)
     head = copy_reader(autoencoder.decoder, config["width"])
-    head.load_state_dict(weights)
-    return head.to(device()).eval().requires_grad_(False), config["share"]
+    return filled(head, weights, folder), config["share"]

@@ -20,7 +20,7 @@ from ..drafts import with_drafts
 from ..encoder import Encoder
 from ..readout import copy_reader
 from ..refiner import fit_autoencoder, read_parts, save_autoencoder
-from ..training import finish, fit, read_model, rows_at, save_model
+from ..training import filled, finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c05
 class ParallelTransformer(nn.Module):
@@ -59,8 +59,7 @@ def load_parallel(folder, encoder, autoencoder):
     "The transformer saved in `folder`, frozen."
     _, weights = read_model(folder, encoder_digest=encoder.digest)
     net = ParallelTransformer(encoder.model, autoencoder)
-    net.load_state_dict(weights)
-    return net.to(device()).eval().requires_grad_(False)
+    return filled(net, weights, folder)
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c07
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
 from ..stories import slot_stories
 from .klflow import rms, rotated
-from ..training import finish, fit, read_model, rows_at, save_model
+from ..training import filled, finish, fit, read_model, rows_at, save_model, sizes_of
 
 # %% ../../nbs/systems/43_cola.ipynb #c05
 @dataclass(frozen=True)
@@ -383,17 +383,15 @@ def train_cola(corpus, vae, config, dropouts, training, folder):
 def load_vae(folder):
     "The autoencoder saved in `folder`, frozen."
     config, weights = read_model(folder)
-    vae = TextVAE(ColaConfig(**{f: config[f] for f in ColaConfig.__dataclass_fields__ if f in config}), weights["kept"])
-    vae.load_state_dict(weights)
-    return vae.to(device()).eval().requires_grad_(False)
+    vae = TextVAE(sizes_of(ColaConfig, config), weights["kept"])
+    return filled(vae, weights, folder)
 
 def load_cola(folder):
     "The autoencoder and the prior saved in `folder`, frozen, a ModuleDict."
     config, weights = read_model(folder)
-    sizes = ColaConfig(**{f: config[f] for f in ColaConfig.__dataclass_fields__ if f in config})
+    sizes = sizes_of(ColaConfig, config)
     nets = nn.ModuleDict(dict(vae=TextVAE(sizes, weights["vae.kept"]), prior=Prior(sizes)))
-    nets.load_state_dict(weights)
-    return nets.to(device()).eval().requires_grad_(False)
+    return filled(nets, weights, folder)
 
 # %% ../../nbs/systems/43_cola.ipynb #c47
 def written(system, batch, steps, seed):

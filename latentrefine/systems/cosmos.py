@@ -27,7 +27,7 @@ from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
 from ..stories import slot_stories
-from ..training import finish, fit, read_model, rows_at, save_model
+from ..training import filled, finish, fit, read_model, rows_at, save_model, sizes_of
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c05
 class ReadingBlock(nn.Module):
@@ -214,9 +214,8 @@ def train_smooth(corpus, encoder, config, kept, training, folder, reader=None):
 def load_smooth(folder, encoder):
     "The autoencoder saved in `folder`, frozen; StudyError when damaged or trained on another encoder."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
-    net = SmoothAutoencoder(CosmosConfig(**{f: config[f] for f in CosmosConfig.__dataclass_fields__}), encoder.word_embeddings.cpu(), weights["frame.decoder.kept"])
-    net.load_state_dict(weights)
-    return net.to(device()).eval().requires_grad_(False)
+    net = SmoothAutoencoder(sizes_of(CosmosConfig, config), encoder.word_embeddings.cpu(), weights["frame.decoder.kept"])
+    return filled(net, weights, folder)
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c26
 def logits_of(smooth, states, size=64):
@@ -346,10 +345,8 @@ def train_denoiser(corpus, encoder, smooth, dropouts, training, folder, start=No
 def load_denoiser(folder, encoder):
     "The denoiser saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
-    if "looks" not in weights: raise StudyError(f"model {folder}: of an older version, whose latents had no place to look at; delete the folder, then train it again with: latentrefine reproduce cosmos (with the --preset and --out of this study)")
-    net = Denoiser(CosmosConfig(**{f: config[f] for f in CosmosConfig.__dataclass_fields__}))
-    net.load_state_dict(weights)
-    return net.to(device()).eval().requires_grad_(False)
+    net = Denoiser(sizes_of(CosmosConfig, config))
+    return filled(net, weights, folder)
 
 
 def cleaned(system, batch, z, times):

@@ -24,7 +24,7 @@ from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
 from ..stories import slot_stories
-from ..training import finish, fit, read_model, rows_at, save_model
+from ..training import filled, finish, fit, read_model, rows_at, save_model, sizes_of
 
 # %% ../../nbs/systems/41_klflow.ipynb #c05
 SMOOTH = .01     # beta
@@ -177,9 +177,8 @@ def train_klflow(corpus, config, kept, dropouts, training, folder):
 def load_klflow(folder):
     "The denoiser saved in `folder`, frozen."
     config, weights = read_model(folder)
-    net = Denoiser(KLFlowConfig(**{f: config[f] for f in KLFlowConfig.__dataclass_fields__}), weights["kept"], torch.zeros(len(weights["kept"])))
-    net.load_state_dict(weights)
-    return net.to(device()).eval().requires_grad_(False)
+    net = Denoiser(sizes_of(KLFlowConfig, config), weights["kept"], torch.zeros(len(weights["kept"])))
+    return filled(net, weights, folder)
 
 # %% ../../nbs/systems/41_klflow.ipynb #c31
 def ode_step(log_x, p, h):

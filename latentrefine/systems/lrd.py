@@ -25,7 +25,7 @@ from ..encoder import Encoder
 from ..readout import copy_reader
 from ..refiner import fit_autoencoder, read_parts, save_autoencoder
 from .klflow import chunk_size
-from ..training import finish, fit, read_model, rows_at, save_model
+from ..training import filled, finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/42_lrd.ipynb #c05
 NEVER = (MASK, CLS)          # no answers; other special entries are never seen in a target
@@ -86,8 +86,7 @@ def load_masked(folder, encoder, autoencoder):
     "The masked diffusion model saved in `folder`, frozen."
     _, weights = read_model(folder, encoder_digest=encoder.digest)
     net = MaskedDiffusion(encoder.model, autoencoder)
-    net.load_state_dict(weights)
-    return net.to(device()).eval().requires_grad_(False)
+    return filled(net, weights, folder)
 
 # %% ../../nbs/systems/42_lrd.ipynb #c12
 def entropy(p):
