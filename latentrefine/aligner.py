@@ -19,7 +19,7 @@ from .autoencoder import draft_latents, token_scores_of
 from .core import SEP, TARGET_SLOTS, device, generator
 from .drafts import keep_mask, pack
 from .realign import align, certain, gaps_of, places_of, realign
-from .training import filled, finish, fit, read_model, rows_at, sizes_of
+from .training import config_of, filled, finish, fit, read_model, rows_at
 
 # %% ../nbs/27_aligner.ipynb #c05
 @dataclass(frozen=True)
@@ -128,5 +128,5 @@ def train_aligner(corpus, encoder, autoencoder, config, dropouts, training, fold
 def load_aligner(folder, encoder, **expected):
     "The aligner saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest, **expected)
-    net = Aligner(sizes_of(AlignerConfig, config), encoder.model)
+    net = Aligner(config_of(AlignerConfig, config), encoder.model)
     return filled(net, weights, folder)

@@ -17,7 +17,7 @@ from .autoencoder import draft_latents, target_latents, token_scores_of
 from .blocks import Attention, place_features
 from .core import TARGET_SLOTS, device, generator
 from .drafts import with_drafts
-from .training import filled, finish, fit, read_model, rows_at, sizes_of
+from .training import config_of, filled, finish, fit, read_model, rows_at
 
 # %% ../nbs/21_draft_prior.ipynb #c05
 class PriorLayer(nn.Module):
@@ -127,5 +127,5 @@ def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder
 def load_prior(folder, **expected):
     "The DraftPrior saved in `folder`, frozen."
     config, weights = read_model(folder, **expected)
-    prior = DraftPrior(sizes_of(DraftPriorConfig, config))
+    prior = DraftPrior(config_of(DraftPriorConfig, config))
     return filled(prior, weights, folder)

@@ -18,7 +18,7 @@ from .blocks import Attention, place_features, time_features
 from .core import device, generator
 from .draft_prior import drafted, start
 from .metric import MetricConfig, MetricNet, identity_penalty, identity_weight
-from .training import filled, finish, fit, read_model, rows_at, sizes_of
+from .training import config_of, filled, finish, fit, read_model, rows_at
 from .transport import transport_loss
 
 # %% ../nbs/23_flow.ipynb #c05
@@ -141,8 +141,8 @@ def train_flow(corpus, encoder, autoencoder, prior, config, metric_config, dropo
 def load_flow(folder, **expected):
     "(flow, metric) saved in `folder`, frozen; metric is None where none was trained."
     config, weights = read_model(folder, **expected)
-    flow = FlowNet(sizes_of(FlowConfig, config))
-    metric = MetricNet(MetricConfig(**config["metric"])) if config["metric"] else None
+    flow = FlowNet(config_of(FlowConfig, config))
+    metric = MetricNet(config_of(MetricConfig, config["metric"])) if config["metric"] else None
     both = nn.ModuleDict({"flow": flow} if metric is None else {"flow": flow, "metric": metric})
     filled(both, weights, folder)
     return flow, metric

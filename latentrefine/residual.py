@@ -14,7 +14,7 @@ from torch import nn
 from .autoencoder import target_latents
 from .core import device, generator
 from .draft_prior import CorrectionNet, DraftPriorConfig, drafted, start, start_loss
-from .training import filled, finish, fit, read_model, sizes_of
+from .training import config_of, filled, finish, fit, read_model
 
 # %% ../nbs/24_residual.ipynb #c05
 @dataclass(frozen=True)
@@ -51,5 +51,5 @@ def train_residual(corpus, encoder, autoencoder, prior, config, dropouts, traini
 def load_residual(folder, **expected):
     "The bounded residual saved in `folder`, frozen."
     config, weights = read_model(folder, **expected)
-    residual = BoundedResidual(sizes_of(ResidualConfig, config))
+    residual = BoundedResidual(config_of(ResidualConfig, config))
     return filled(residual, weights, folder)

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..core import PAD, SEP, TARGET_SLOTS, VOCAB, StudyError, device
 from ..drafts import clean_batch
 from ..stories import from_slots, to_slots
-from ..training import filled, finish, fit, read_model, rows_at
+from ..training import config_of, filled, finish, fit, read_model, rows_at
 
 # %% ../../nbs/baselines/50_gpt2.ipynb #c05
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def train_gpt2(corpus, size, training, folder):
 def load_gpt2(folder, **expected):
     "The small GPT-2 saved in `folder`, frozen."
     config, weights = read_model(folder, **expected)
-    net = new_gpt2(GPT2Size(config["width"], config["layers"], config["heads"]))
+    net = new_gpt2(config_of(GPT2Size, config))
     filled(net.transformer, weights, folder)
     return net.to(device()).eval().requires_grad_(False)
 

@@ -28,7 +28,7 @@ from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
 from ..stories import slot_stories
 from .klflow import rms, rotated
-from ..training import filled, finish, fit, read_model, rows_at, save_model, sizes_of
+from ..training import config_of, filled, finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/43_cola.ipynb #c05
 @dataclass(frozen=True)
@@ -383,13 +383,13 @@ def train_cola(corpus, vae, config, dropouts, training, folder):
 def load_vae(folder):
     "The autoencoder saved in `folder`, frozen."
     config, weights = read_model(folder)
-    vae = TextVAE(sizes_of(ColaConfig, config), weights["kept"])
+    vae = TextVAE(config_of(ColaConfig, config), weights["kept"])
     return filled(vae, weights, folder)
 
 def load_cola(folder):
     "The autoencoder and the prior saved in `folder`, frozen, a ModuleDict."
     config, weights = read_model(folder)
-    sizes = sizes_of(ColaConfig, config)
+    sizes = config_of(ColaConfig, config)
     nets = nn.ModuleDict(dict(vae=TextVAE(sizes, weights["vae.kept"]), prior=Prior(sizes)))
     return filled(nets, weights, folder)
 

@@ -27,7 +27,7 @@ from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
 from ..stories import slot_stories
-from ..training import filled, finish, fit, read_model, rows_at, save_model, sizes_of
+from ..training import config_of, filled, finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c05
 class ReadingBlock(nn.Module):
@@ -214,7 +214,7 @@ def train_smooth(corpus, encoder, config, kept, training, folder, reader=None):
 def load_smooth(folder, encoder):
     "The autoencoder saved in `folder`, frozen; StudyError when damaged or trained on another encoder."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
-    net = SmoothAutoencoder(sizes_of(CosmosConfig, config), encoder.word_embeddings.cpu(), weights["frame.decoder.kept"])
+    net = SmoothAutoencoder(config_of(CosmosConfig, config), encoder.word_embeddings.cpu(), weights["frame.decoder.kept"])
     return filled(net, weights, folder)
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c26
@@ -345,7 +345,7 @@ def train_denoiser(corpus, encoder, smooth, dropouts, training, folder, start=No
 def load_denoiser(folder, encoder):
     "The denoiser saved in `folder`, frozen."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
-    net = Denoiser(sizes_of(CosmosConfig, config))
+    net = Denoiser(config_of(CosmosConfig, config))
     return filled(net, weights, folder)
 
 

@@ -24,7 +24,7 @@ from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
 from ..stories import slot_stories
-from ..training import filled, finish, fit, read_model, rows_at, save_model, sizes_of
+from ..training import config_of, filled, finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/41_klflow.ipynb #c05
 SMOOTH = .01     # beta
@@ -177,7 +177,7 @@ def train_klflow(corpus, config, kept, dropouts, training, folder):
 def load_klflow(folder):
     "The denoiser saved in `folder`, frozen."
     config, weights = read_model(folder)
-    net = Denoiser(sizes_of(KLFlowConfig, config), weights["kept"], torch.zeros(len(weights["kept"])))
+    net = Denoiser(config_of(KLFlowConfig, config), weights["kept"], torch.zeros(len(weights["kept"])))
     return filled(net, weights, folder)
 
 # %% ../../nbs/systems/41_klflow.ipynb #c31

@@ -23,7 +23,7 @@ from ..flow import FlowConfig, FlowNet, euler, local_end, on_path
 from ..refiner import read_parts
 from ..stories import slot_stories
 from .cosmos import SmoothAutoencoder, states_alone
-from ..training import filled, finish, fit, read_model, rows_at, save_model
+from ..training import config_of, filled, finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/44_smooth_refiner.ipynb #c05
 def draft_and_prompt(encoder, smooth, batch):
@@ -80,7 +80,7 @@ def note_of(nets, encoder):
 def load_refiner(folder, encoder):
     "The refiner saved in `folder`, frozen, a ModuleDict."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
-    nets = nn.ModuleDict(dict(prior=DraftPrior(DraftPriorConfig(**config["prior"])), flow=FlowNet(FlowConfig(**config["flow"]))))
+    nets = nn.ModuleDict(dict(prior=DraftPrior(config_of(DraftPriorConfig, config["prior"])), flow=FlowNet(config_of(FlowConfig, config["flow"]))))
     return filled(nets, weights, folder)
 
 # %% ../../nbs/systems/44_smooth_refiner.ipynb #c11
