@@ -136,7 +136,7 @@ def nodes(study):
         taken_apart("klflow", klflow_name(), *(klflow_name(*way) for way in KLFLOW_WAYS)),
         taken_apart("lrd", f"masked-{full}"),
         experiment("systems", (*full_system, *of(aligner_name(full), f"parallel-{full}", klflow_name(), f"masked-{full}", "cosmos", "cola", f"gaussian-{full}", "gpt2")), "flow_steps", "peer_stories", "gpt2", "timing_batches"),
-        taught("cosmos", "cosmos-autoencoder-plain", "cosmos"),
+        taught("cosmos", f"autoencoder-{full}", "cosmos-autoencoder-plain", "cosmos"),
         taught("cola", "cola-autoencoder", "cola"),
         experiment("spaces", (*full_system, *of("cosmos-autoencoder-plain", "cosmos", "cosmos-refiner", "cola")), "flow_steps", "peer_stories"),
         experiment("claims", ("table3", "table4", "gaussian_start", "basin", *sweep, *refiners), "flow_steps", "claim_widths")]
