@@ -327,11 +327,10 @@ def follow(nets, step):
     for kept, new in zip(nets["average"].parameters(), nets["net"].parameters()): kept.lerp_(new, share)
 
 
-def train_denoiser(corpus, encoder, smooth, dropouts, training, folder, start=None):
-    "Train a denoiser in the latent space of `smooth`, drafts at the given rates as context, from the weights of `start` if there is one; returns its average over steps, frozen, and the curve."
+def train_denoiser(corpus, encoder, smooth, dropouts, training, folder):
+    "Train a denoiser in the latent space of `smooth`, drafts at the given rates as context; returns its average over steps, frozen, and the curve."
     torch.manual_seed(training.seed)
     net = Denoiser(smooth.config).to(device())
-    if start is not None: net.load_state_dict(start.state_dict())
     nets = nn.ModuleDict(dict(net=net, average=copy.deepcopy(net).requires_grad_(False)))
     def loss_at(step):
         follow(nets, step)
