@@ -19,7 +19,7 @@ from torch import nn
 
 from ..aligner import trainable_copy
 from ..autoencoder import load_autoencoder, over_vocabulary, vocabulary_name
-from ..core import CLS, MASK, PAD, PROMPT_SLOTS, TARGET_SLOTS, UNK, VOCAB, RefineOutput, StudyError, autocast, check_mode, device, generator, write_text
+from ..core import CLS, MASK, PAD, PROMPT_SLOTS, TARGET_SLOTS, VOCAB, RefineOutput, StudyError, autocast, check_mode, device, generator, write_text
 from ..drafts import with_drafts
 from ..encoder import Encoder
 from ..readout import copy_reader
@@ -28,11 +28,11 @@ from .klflow import chunk_size
 from ..training import finish, fit, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/42_lrd.ipynb #c05
-NEVER = (CLS, MASK, *range(1, UNK), *range(MASK + 1, 999))      # no answers; the two ranges are BERT's unused entries
+NEVER = (MASK, CLS)          # no answers; other special entries are never seen in a target
 
 
 class MaskedDiffusion(nn.Module):
-    "Logits [n, kept] of n target slots; [MASK], [CLS] and the unused entries have probability 0 in fp32."
+    "Logits [n, kept] of n target slots; [MASK] and [CLS] have probability 0 in fp32."
     def __init__(self, bert, autoencoder):
         super().__init__()
         most, needed = bert.config.max_position_embeddings, PROMPT_SLOTS + 2 * TARGET_SLOTS
