@@ -383,7 +383,7 @@ def systems_table(folder, rate=.05):
     table = pd.read_csv(Path(folder) / "tables" / "systems.csv")
     table = table[(table.dropout == rate) | table["mode"].isin(("PROMPT", "ORACLE"))].rename(columns={"training_stories": "stories seen", "training_seconds": "seconds", "run_parameters": "M", "ms_at_one": "ms, one a call", "ms_at_many": "ms, many"})
     shown = table[["system", "mode", "draft", "target_probability", "missing", "ce", "aligned_probability", "ppl", "diversity", "nfe", "stories seen", "seconds", "M", "ms, one a call", "ms, many"]]
-    return shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=(*[""] * 3, *[".3f"] * 2, ".2f", ".3f", ".0f", ".3f", ".1f", ".0f", ".0f", ".1f", ".3g", ".3g"), missingval="-")
+    return shown.astype(object).where(shown.notna(), None).to_markdown(index=False, floatfmt=(*[""] * 3, *[".3f"] * 2, ".2f", ".3f", ".0f", ".3f", ".1f", ".0f", ".0f", ".1f", ".0f", ".0f"), missingval="-")
 
 # %% ../nbs/61_report.ipynb #c41
 def claim_line(folder):
