@@ -24,7 +24,7 @@ test: $(STAMP)  ## install on the first call, then run the tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lab: $(STAMP)  ## install on the first call, then open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb
 
 # The stamp is written last: an interrupted installation is taken up again by the next call.
 $(STAMP): constraints.txt pyproject.toml

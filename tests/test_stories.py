@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from latentrefine.core import CLS, SEP, StudyError
-from latentrefine.stories import (Story, cut, describe, embedded_stories, from_slots, groups, near, read_stories,
-                                  slot_stories, split_stories, to_slots, words)
+from latentrefine.stories import (Story, describe, duplicate_groups, embedded_stories, from_slots, near_duplicate,
+                                  read_stories, slot_stories, split_sentences, split_stories, to_slots, words)
 
 HEADER = "storyid,storytitle,sentence1,sentence2,sentence3,sentence4,sentence5"
 TWO = [("Ana lost a glove.", "It was warm, and \"new\".", "She walked back.", "A dog had it.", "She laughed."),
@@ -167,8 +167,8 @@ def test_near_duplicates_do_not_cross():
     stories += [Story("loud", tuple(s.upper().replace(".", "!") for s in stories[7].sentences)), stories[3]]
     place = {name: [shingles(s) for s in part] for name, part in split_stories(stories).items()}
     pairs = [(a, b) for a, b in (("train", "validation"), ("train", "test"), ("validation", "test"))]
-    assert not any(near(x, y) for a, b in pairs for x in place[a] for y in place[b])
-    group = groups(stories)
+    assert not any(near_duplicate(x, y) for a, b in pairs for x in place[a] for y in place[b])
+    group = duplicate_groups(stories)
     assert all(group[i] == group[600 + i] for i in range(200)) and group[7] == group[800] and group[3] == group[801]
     assert len(set(group)) > 560
 
@@ -179,7 +179,7 @@ def test_a_chain_is_one_group():
     for i in range(8):  # each differs from the one before by a word or two
         text = text[2:] + [f"new{i}", f"word{i}"]
         chain.append(Story(str(i), (" ".join(text[:9]), *text[9:12], " ".join(text[12:]))))
-    assert not near(shingles(chain[0]), shingles(chain[-1])) and len(set(groups(chain))) == 1
+    assert not near_duplicate(shingles(chain[0]), shingles(chain[-1])) and len(set(duplicate_groups(chain))) == 1
 
 
 class Letters:
@@ -210,7 +210,7 @@ def test_describe():
 
 
 def test_embedded_stories_can_be_cut_again():
-    for story in embedded_stories(300, seed=9): assert tuple(cut(story.text)) == story.sentences
+    for story in embedded_stories(300, seed=9): assert tuple(split_sentences(story.text)) == story.sentences
 
 
 @pytest.mark.skipif("LATENTREFINE_ROCSTORIES" not in os.environ, reason="LATENTREFINE_ROCSTORIES names no ROCStories CSV")

@@ -434,7 +434,7 @@ def damaged(kind, models, part):
     if kind == "flipped byte": weights.write_bytes(data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:])
     if kind == "config cut": config.write_text(config.read_text()[:40])
     if kind == "config of another kind": config.write_text("[]")
-    if kind == "config changed": config.write_text(config.read_text().replace('"heads": 4', '"heads": 2').replace('"most": 3', '"most": 2'))
+    if kind == "config changed": config.write_text(config.read_text().replace('"heads": 4', '"heads": 2').replace('"max_gap": 3', '"max_gap": 2'))
     if kind == "another width": shutil.rmtree(prior); shutil.copytree(models / "prior-16-shared-s1337", prior)
     return ["width is 16, 32 is needed"] if kind == "another width" else []
 
