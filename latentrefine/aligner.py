@@ -149,30 +149,31 @@ from .encoder import LAYERS, Corpus
 from .registry import Model, draft_rates, register_models
 
 # %% ../nbs/27_aligner.ipynb #c22
-ALIGNER_PARTS = (16, 4)      # fractions of the steps: points of a learning curve
+ALIGNER_PARTS = (16, 4)      # divisors of the steps: points of a learning curve
 
 
 def aligner_name(width, part=1, joint=False, half=False):
-    "Name of the aligner trained for one `part`-th of its steps, with the joint loss, or with half the layers."
+    "Name of the aligner trained for 1/`part` of its steps, with the joint loss, or with half the layers."
     return f"aligner-{width}" + f"-1of{part}" * (part > 1) + "-joint" * joint + "-half" * half
 
 
 def train_aligner_of(study, folder, dropouts, part=1, joint=False, half=False):
-    "Train an aligner of a study; returns its curve. Gaps are labels enough: no clean state is read."
+    "Train an aligner of a study; returns its curve. The labels are gaps, so no clean states are needed."
     training = study.training("aligner")
     training = replace(training, steps=max(1, training.steps // part))
     encoder = study.encoder.with_layers(LAYERS[1])
     config = AlignerConfig(study.full, **study.sizes("aligner"))
     if joint: config = replace(config, joint_weight=.05)
     if half: config = replace(config, depth=encoder.model.config.num_hidden_layers // 2)
-    corpus = Corpus(study.batches["train"], None)
-    return train_aligner(corpus, encoder, open_autoencoder(study, layers=LAYERS[1]), config, dropouts, training, folder)[1]
+    parts = Corpus(study.batches["train"], None), encoder, open_autoencoder(study, layers=LAYERS[1])
+    return train_aligner(*parts, config, dropouts, training, folder)[1]
 
 # %% ../nbs/27_aligner.ipynb #c23
 def aligner_models(preset):
     "The aligner of a preset, and its variants at the first seed."
     full, last = preset.widths[0], ALIGNER_PARTS[-1]
-    variants = [{}, *(dict(part=part) for part in ALIGNER_PARTS), dict(part=last, joint=True), dict(part=last, half=True)]
+    short = [dict(part=part) for part in ALIGNER_PARTS]
+    variants = [{}, *short, dict(part=last, joint=True), dict(part=last, half=True)]
     shared = dict(train=train_aligner_of, section="aligner", sizes=("aligner",),
                   needs=(autoencoder_name(full, LAYERS[1]),), curves=("gap_ce", "fill_probability"))
     return [Model(aligner_name(full, **one), "aligner-variants" if one else "aligner", first_seed=bool(one),

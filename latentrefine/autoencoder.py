@@ -176,29 +176,31 @@ from .registry import Model, register_models
 
 # %% ../nbs/20_autoencoder.ipynb #c27
 def autoencoder_name(width, layers=LAYERS[0]):
-    "Name of the autoencoder with latents of a dimension, read from `layers`, one of LAYERS."
+    "Name of the autoencoder for a latent dimension and encoder `layers`, one of LAYERS."
     return f"autoencoder-{width}" + ("" if layers == LAYERS[0] else "-mixed")
 
 
 def train_autoencoder_of(study, folder, width, layers=LAYERS[0]):
     "Train an autoencoder of a study; returns its curve."
     study = study.reading(layers)
-    config = AutoencoderConfig(study.encoder.width, width)
-    return train_autoencoder(study.corpus(), study.encoder, config, study.kept, study.training("autoencoder"), folder)[1]
+    config, training = AutoencoderConfig(study.encoder.width, width), study.training("autoencoder")
+    return train_autoencoder(study.corpus(), study.encoder, config, study.kept, training, folder)[1]
 
 
 def open_autoencoder(study, width=None, layers=LAYERS[0]):
-    "The autoencoder of a study, at full width unless told otherwise."
+    "The autoencoder of a study, at full width unless `width` is given."
     folder = study.model(autoencoder_name(width or study.full, layers))
     return load_autoencoder(folder, study.encoder.with_layers(layers), width=width or study.full)
 
 # %% ../nbs/20_autoencoder.ipynb #c28
 def autoencoder_models(preset):
-    "Autoencoders of all latent dimensions of a preset, and the one that reads two layers."
+    "Autoencoders of all latent dimensions of a preset, and the one on two encoder layers."
     claims = sorted({*preset.widths, *preset.claim_widths}, reverse=True)
     found = {width: "autoencoder" if width in preset.widths else "autoencoder-claims" for width in claims}
     shared = dict(train=train_autoencoder_of, section="autoencoder", curves=("loss", "target_probability"))
-    models = [Model(autoencoder_name(width), group, parameters=dict(width=width), **shared) for width, group in found.items()]
+    def model(width, group):
+        return Model(autoencoder_name(width), group, parameters=dict(width=width), **shared)
+    models = [model(width, group) for width, group in found.items()]
     two = dict(width=preset.widths[0], layers=LAYERS[1])
     return [*models, Model(autoencoder_name(**two), "autoencoder-mixed", parameters=two, **shared)]
 

@@ -157,7 +157,7 @@ def train_prior_of(study, folder, width, dropouts, section="prior", rewrite=None
     parts = (study.corpus(), study.encoder, open_autoencoder(study, width))
     return train_prior(*parts, config, tuple(dropouts), study.training(section), folder, rewrite)[1]
 
-
+# %% ../nbs/21_draft_prior.ipynb #c28
 def prior_models(preset):
     "DraftPriors of a preset at both widths, and one at 5 % that is trained for longer."
     full, rates = preset.widths[0], draft_rates(preset)

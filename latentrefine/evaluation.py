@@ -219,9 +219,8 @@ NORMS = (0., .1, .2, .3, .4, .5, .6, .8, 1., 1.3, 1.7, 2.2, 3.)
 @torch.no_grad()
 def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, slots=256):
     """(table, figure) of the readable basin of a latent space.
-    `encode(texts)` gives latents [texts, slots, width], `decode(latents [n, width])` logits [n, vocab] a slot.
-    `generated`: latents of the same shape, whose error is a further direction.
-    Raises StudyError for shapes that do not fit."""
+    `encode(texts)` gives latents [texts, slots, width], `decode(latents)`, [n, width], gives logits [n, vocab].
+    `generated`: latents whose error is a further direction. Raises StudyError for shapes that do not fit."""
     latents = encode(list(texts))
     if latents.dim() != 3:
         raise StudyError(f"encode gave latents {tuple(latents.shape)}; [texts, slots, width] is needed")
@@ -235,12 +234,11 @@ def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, s
     sensitive = power_iteration_directions(decode, torch.eye(logits.shape[1], device=real.device), real, gen)
     ways = {"random": (random_directions(real, gen), (1,)), "decoder-sensitive": (sensitive, (1, -1))}
     if generated is not None: ways["error"] = (error_directions(generated.flatten(0, 1)[places], real), (1,))
-    curves = {name: probability_along(decode, real, way, NORMS, ids, signs).mean(1).tolist() for name,
-              (way, signs) in ways.items()}
-    table = pd.DataFrame([dict(direction=name, half_radius=half_radius(NORMS, curve), unmoved=curve[0],
-                               slots=len(real))
-                          for name, curve in curves.items()])
-    return table, basin_figure(curves)
+    curves = {name: probability_along(decode, real, way, NORMS, ids, signs).mean(1).tolist()
+              for name, (way, signs) in ways.items()}
+    radii = {name: half_radius(NORMS, curve) for name, curve in curves.items()}
+    rows = [dict(direction=name, half_radius=radii[name], unmoved=curve[0]) for name, curve in curves.items()]
+    return pd.DataFrame(rows).assign(slots=len(real)), basin_figure(curves)
 
 # %% ../nbs/66_evaluation.ipynb #c21
 def basin_figure(curves):

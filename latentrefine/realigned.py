@@ -223,11 +223,12 @@ def open_realigned(study, name="re-aligned", variant=VARIANTS[2], aligner=None):
     "A re-aligning system of a study; `aligner` is the name of another aligner than the study's own."
     encoder = study.encoder.with_layers(LAYERS[1])
     if variant == "masked LM" and encoder.mlm_head is None:
-        raise StudyError(f"system {name}: encoder {encoder.name} has no masked-language head; choose another system, "
-                         "or an encoder such as bert-base-uncased")
+        raise StudyError(f"system {name}: encoder {encoder.name} has no masked-LM head; "
+                         "choose another system, or an encoder such as bert-base-uncased")
     folder = study.model(aligner or aligner_name(study.full))
     autoencoder = open_autoencoder(study, layers=LAYERS[1])
-    return Realigned(encoder, autoencoder, load_aligner(folder, encoder, width=study.full), variant, name=name)
+    aligner = load_aligner(folder, encoder, width=study.full)
+    return Realigned(encoder, autoencoder, aligner, variant, name=name)
 
 
 def realigned_models(preset):
@@ -243,18 +244,19 @@ def register_realigned(name, variant, description, **more):
     register_system(SystemEntry(name, "re-aligned", description, opened, realigned_models, uses=uses, **more))
 
 
-register_realigned("re-aligned", "re-encoded", "finds the gaps, puts [MASK] there, encodes again and fills the gaps",
+register_realigned("re-aligned", "re-encoded",
+                   "detects gaps, inserts [MASK], encodes the draft again and fills the gaps",
                    colour="tab:green", compared=True)
 register_realigned("re-aligned, hard", "hard", "moves the draft's latents along the best alignment")
-register_realigned("re-aligned, soft", "soft", "the mixture of the draft's latents under the alignment posterior")
-register_realigned("re-aligned, tokens", "tokens", "the mixture of the draft's tokens under the alignment posterior")
-register_realigned("re-aligned, hard tokens", "hard tokens", "moves the draft's tokens along the best alignment")
-register_realigned("re-aligned, masked LM", "masked LM", "missing tokens from the encoder's masked-language head")
-register_realigned("insertion tagger", "tagger", "gaps decided slot by slot, without the alignment")
+register_realigned("re-aligned, soft", "soft", "posterior mean of the draft's latents over alignments")
+register_realigned("re-aligned, tokens", "tokens", "posterior mixture of draft tokens over alignments")
+register_realigned("re-aligned, hard tokens", "hard tokens", "moves draft tokens along the best alignment")
+register_realigned("re-aligned, masked LM", "masked LM", "missing tokens from the encoder's masked-LM head")
+register_realigned("insertion tagger", "tagger", "gaps predicted slot by slot, without an alignment")
 
 # %% ../nbs/31_realigned.ipynb #c36
 def train_realigned_prior(study, folder, **parameters):
-    "Train a DraftPrior on the drafts that the re-aligned system writes out; returns its curve."
+    "Train a DraftPrior on drafts with [MASK] in the gaps that the aligner detects; returns its curve."
     return train_prior_of(study, folder, rewrite=open_realigned(study).masked_drafts, **parameters)
 
 

@@ -417,4 +417,4 @@ def open_gaussian(study):
 register_system(SystemEntry(
     "Gaussian start", "report", "a flow from noise, given the prompt; the draft is not read", open_gaussian,
     lambda preset: (autoencoder_name(preset.widths[0]), f"gaussian-{preset.widths[0]}"), REPORT,
-    modes=("PROMPT",), uses=("seed",), colour="black", compared=True, offered=False))
+    modes=("PROMPT",), rates="none", uses=("seed",), colour="black", compared=True, offered=False))

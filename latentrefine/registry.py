@@ -67,8 +67,8 @@ class SystemEntry:
     compared: bool = False        # whether the cross-system table shows it
     offered: bool = True          # whether the command line offers it
     rates: str = "all"            # training dropout rates: none, main (5 %), each (a model a rate), all
-    uses: tuple = ("draft",
-                   )      # what an output depends on beside the prompt: draft, length (if known), seed
+    uses: tuple = ("draft",)      # what an output depends on beside the prompt: draft, length, seed
+    start_needs_alignment: bool = False    # it copies a START draft: displaced tokens say nothing of it
 
 # %% ../nbs/06_registry.ipynb #c12
 MODELS: dict = {}      # name of a listing function -> function(preset) -> list of Model

@@ -99,8 +99,7 @@ def markdown_of(shown, names):
 
 # %% ../nbs/63_report.ipynb #c16
 class Result:
-    """What a result notebook shows:
-    it calls `table`, `figure` and last `answer`, which writes answers/NAME.json."""
+    "What a result notebook shows: `table`, `figure` and last `answer`, which writes answers/NAME.json."
     def __init__(self, study, name):
         self.study, self.name, self.entry = study, name, results()[name]
         notebook = f"notebooks/{self.entry.get('notebook', name)}.ipynb"
@@ -112,7 +111,7 @@ class Result:
         shown = narrow(frame, names)
         self.said.update(columns=list(shown), records=shown.values.tolist())
         write_text(self.study.out / "tables" / f"{self.name}.md", markdown_of(shown, names))
-        return shown.style.hide(axis="index")
+        return shown.style.hide(axis="index").format(escape="html")
 
     def figure(self, figure, caption, name=""):
         "Write a figure to figures/NAME.png and show its caption."

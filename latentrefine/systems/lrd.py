@@ -391,7 +391,7 @@ def register_masked(name, description, paper, config, colour):
     "Register a decoding of the masked diffusion model."
     def opened(study): return open_masked(study, name, config)
     def needs(preset): return autoencoder_name(preset.widths[0]), f"masked-{preset.widths[0]}"
-    shown = dict(modes=("COND", "START"), colour=colour, compared=True, rates="all")
+    shown = dict(modes=("COND", "START"), colour=colour, compared=True, start_needs_alignment=True)
     register_system(SystemEntry(name, "peer", description, opened, needs, paper, **shown))
 
 
