@@ -1,8 +1,9 @@
 __version__ = "0.1.0"
 
-# What `import latentrefine as lr` offers; each is imported from its module when it is first used.
-_OFFERED = {"Study": "study", "load": "refine", "Refined": "refine", "TextRefiner": "refine", "widget": "refine",
-            "evaluate": "evaluation", "evaluate_drafts": "evaluation", "basin_profile": "evaluation"}
+# What `import latentrefine as lr` offers; each name is imported from its module at first use.
+_OFFERED = {"Study": "study", "basin_profile": "evaluation", "evaluate": "evaluation",
+            "evaluate_drafts": "evaluation", "load": "refine", "Refined": "refine", "TextRefiner": "refine",
+            "widget": "refine"}
 __all__ = ["__version__", *_OFFERED]
 
 

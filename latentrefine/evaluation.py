@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SHOWN', 'SHOWN_DRAFTS', 'aligned_equal', 'text_scores', 'scored_texts', 'perplexity_of', 'trained_on',
-           'unseen_stories', 'compared_systems', 'opened_at', 'evaluate', 'evaluation_name', 'evaluation_row',
-           'rates_of', 'oracle_row', 'evaluate_drafts', 'Unchanged', 'mauve_of', 'basin_profile', 'basin_figure',
-           'evaluate_command']
+           'unseen_stories', 'compared_systems', 'named_own_system', 'opened_at', 'evaluate', 'evaluation_name',
+           'evaluation_row', 'rates_of', 'oracle_row', 'evaluate_drafts', 'read_references', 'Unchanged', 'mauve_of',
+           'basin_profile', 'basin_figure', 'evaluate_command']
 
 # %% ../nbs/66_evaluation.ipynb #c02
 import hashlib
@@ -94,7 +94,10 @@ def trained_on(study):
 def unseen_stories(study, source, limit, strict):
     "(stories not trained on, number left out, messages of skipped rows) of any source."
     skipped = None if strict or source in SOURCES else []
-    given = read_stories(source, limit, skipped)
+    try: given = read_stories(source, limit, skipped)
+    except StudyError as error:
+        if not skipped: raise
+        raise StudyError("\n".join([str(error), *skipped[:20]])) from error
     known = trained_on(study)
     stories = [story for story in given if story.text not in known]
     if not stories: raise StudyError(f"{source}: every story in it was used in training; give other stories")
@@ -112,6 +115,12 @@ def compared_systems(study, name, dropout):
     return found
 
 
+def named_own_system(spec):
+    "The system of FILE.py:FUNCTION under its `name`, or under the file's if it has none."
+    system = own_system(spec)
+    return {str(getattr(system, "name", Path(spec.partition(":")[0]).stem)): system}
+
+
 def opened_at(study, name, dropout):
     """A system as a refiner;
     one that is trained a rate at a time is opened at the nearest rate, the report's if it has none."""
@@ -126,10 +135,10 @@ def evaluate(study, source, dropout=MAIN_RATE, name="re-aligned", limit=None, st
     The rows go to evaluations/. `name`: a registered system, or FILE.py:FUNCTION of your own."""
     if not 0 <= dropout <= 1:
         raise StudyError(f"dropout {dropout}: a rate between 0 and 1 is needed, such as 0.05")
-    own = own_system(name) if ".py" in name else None
+    own = named_own_system(name) if ".py" in name else {}
     study.encoder = CachingEncoder(study.encoder)
     systems = compared_systems(study, "re-aligned" if own else name, dropout)
-    if own: systems[getattr(own, "name", Path(name.partition(":")[0]).stem)] = own
+    systems.update(own)
     stories, left_out, skipped = unseen_stories(study, source, limit, strict)
     *slots, cut = slot_stories(stories, study.encoder.tokenizer)
     batch = with_drafts(clean_batch(*slots), dropout,
@@ -189,9 +198,9 @@ def evaluate_drafts(study, path, name="re-aligned", references="", strict=False)
     prompts, drafts = ([row[field] for row in rows] for field in ("prompt", "draft"))
     targets = [row["target"] for row in rows]
     targets = targets if all(target is not None for target in targets) else None
-    real = Path(references).expanduser().read_text(encoding="utf-8").splitlines() if references else None
+    real = read_references(references) if references else None
     systems = {"draft": Unchanged(), **({} if ".py" in name else compared_systems(study, name, MAIN_RATE))}
-    if ".py" in name: systems[Path(name.partition(":")[0]).stem] = own_system(name)
+    if ".py" in name: systems.update(named_own_system(name))
     found = []
     for one, system in systems.items():
         values, refined = scored_texts(study, system, prompts, drafts, targets, study.seed)
@@ -199,27 +208,34 @@ def evaluate_drafts(study, path, name="re-aligned", references="", strict=False)
         found.append(dict(system=one, **values))
     return found, skipped
 
+# %% ../nbs/66_evaluation.ipynb #c17
+def read_references(path):
+    "The lines of a text file; StudyError if it cannot be read."
+    try: return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read ({error}); give a UTF-8 file, one text a line") from error
+
 
 class Unchanged:
     "The drafts as they are."
     name = "draft"
     def refine(self, prompts, drafts, seed): return list(drafts)
 
-# %% ../nbs/66_evaluation.ipynb #c17
+# %% ../nbs/66_evaluation.ipynb #c18
 def mauve_of(study, texts, references):
     "MAUVE of texts against references; nothing for fewer than 100 of either, whose MAUVE says little."
     if min(len(texts), len(references)) < 100: return {}
     mean, *_ = mauve_score(embed_texts(study.encoder, texts), embed_texts(study.encoder, references))
     return dict(mauve=mean)
 
-# %% ../nbs/66_evaluation.ipynb #c19
+# %% ../nbs/66_evaluation.ipynb #c20
 NORMS = (0., .1, .2, .3, .4, .5, .6, .8, 1., 1.3, 1.7, 2.2, 3.)
 
-# %% ../nbs/66_evaluation.ipynb #c20
+# %% ../nbs/66_evaluation.ipynb #c21
 @torch.no_grad()
 def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, slots=256):
     """(table, figure) of the readable basin of a latent space.
-    `encode(texts)` gives latents [texts, slots, width], `decode(latents)`, [n, width], gives logits [n, vocab].
+    `encode(texts)` gives latents [texts, slots, width], `decode(latents [n, width])` logits [n, vocab].
     `generated`: latents whose error is a further direction. Raises StudyError for shapes that do not fit."""
     latents = encode(list(texts))
     if latents.dim() != 3:
@@ -240,7 +256,7 @@ def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, s
     rows = [dict(direction=name, half_radius=radii[name], unmoved=curve[0]) for name, curve in curves.items()]
     return pd.DataFrame(rows).assign(slots=len(real)), basin_figure(curves)
 
-# %% ../nbs/66_evaluation.ipynb #c21
+# %% ../nbs/66_evaluation.ipynb #c22
 def basin_figure(curves):
     "Probability of the decoded token over the relative norm of the displacement, a curve a direction."
     figure, axis = plt.subplots(figsize=(5, 3))
@@ -249,13 +265,13 @@ def basin_figure(curves):
     axis.set_ylim(0, 1); axis.legend()
     return figure
 
-# %% ../nbs/66_evaluation.ipynb #c24
+# %% ../nbs/66_evaluation.ipynb #c25
 SHOWN = ("system", "target_probability", "top1", "ce", "aligned_accuracy", "exact_match", "edits_to_target",
          "n")
 SHOWN_DRAFTS = ("system", "aligned_accuracy", "exact_match", "edits_to_target", "edits_to_draft", "ppl",
                 "mauve", "n")
 
-# %% ../nbs/66_evaluation.ipynb #c25
+# %% ../nbs/66_evaluation.ipynb #c26
 def evaluate_command(study, given):
     "Carry out `latentrefine evaluate`."
     if given.drafts:

@@ -141,6 +141,9 @@ def impossible(preset):
         widths = {"prior": preset.widths, "residual": preset.widths}.get(section, [full])
         for width in widths:
             if reason := size_problem(config, values, width): return f"sizes.{section}", reason
+    own = SIZES["encoder"](**preset.sizes["encoder"]).width
+    if preset.encoder == "in-domain" and own != full:
+        return "sizes.encoder", f"for an in-domain encoder its width must be the full width, {full}"
     return None
 
 # %% ../nbs/60_presets.ipynb #c14

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CARD', 'Refined', 'checked', 'check_texts', 'keep_unknown', 'describe', 'TextRefiner', 'refine_texts',
-           'refiner_of', 'own_system', 'load', 'run_system', 'file_digests', 'save_pretrained', 'read_note',
-           'from_pretrained', 'read_drafts', 'refine_file', 'widget', 'refine_command', 'refine_drafts_command']
+           'offered_entry', 'refiner_of', 'own_system', 'load', 'run_system', 'file_digests', 'save_pretrained',
+           'read_note', 'saved_encoder', 'from_pretrained', 'read_drafts', 'refine_file', 'widget', 'refine_command',
+           'refine_drafts_command']
 
 # %% ../nbs/65_refine.ipynb #c02
 import hashlib
@@ -25,7 +26,7 @@ from .encoder import load_encoder
 from .measure import chunk_size
 from .page import coloured_tokens, write_samples_page
 from .refiner import edit_marks
-from .registry import entry_of, load_plugin
+from .registry import SYSTEMS, entry_of, load_plugin
 from .stories import from_slots, json_records, to_slots
 from .study import Study, steps_of
 
@@ -117,7 +118,7 @@ class TextRefiner:
     def save_pretrained(self, folder, row=None): return save_pretrained(self, folder, row)
 
     @classmethod
-    def from_pretrained(cls, folder): return from_pretrained(folder)
+    def from_pretrained(cls, folder, encoder=""): return from_pretrained(folder, encoder)
 
 # %% ../nbs/65_refine.ipynb #c11
 @torch.no_grad()
@@ -140,10 +141,18 @@ def refine_texts(refiner, prompts, drafts, seed=1337):
     return Refined(texts, evaluations / len(batch), torch.cat(logits), tokens, notes)
 
 # %% ../nbs/65_refine.ipynb #c13
+def offered_entry(name):
+    "The entry of a system that refines drafts of a user's own; StudyError for those of the tables alone."
+    entry = entry_of(name)
+    if entry.offered: return entry
+    known = ", ".join(one for one, other in SYSTEMS.items() if other.offered)
+    raise StudyError(f"system {name}: it is for the study's tables alone; choose from {known}")
+
+
 def refiner_of(study, name):
     "A `TextRefiner` for a system of the registry, or the object that FILE.py:FUNCTION returns."
     if ".py" in str(name): return own_system(name)
-    system = entry_of(name).open(study)
+    system = offered_entry(name).open(study)
     kept = None if system.vocabulary == "all" else study.kept
     facts = dict(preset=study.preset_name, stories=Path(study.source).name, seed=study.seed,
                  overrides=list(study.overrides))
@@ -207,12 +216,13 @@ def save_pretrained(refiner, folder, row=None):
     "Write a TextRefiner to a folder; `row`: the scores that its card states. Returns the folder."
     folder, system = Path(folder), refiner.system
     system.save(folder)
-    facts = {"encoder": system.encoder.name, "layers": system.layers, **(refiner.facts or {}), **(row or {}),
-             "versions": versions()}
+    encoder = system.encoder
+    facts = {"encoder": encoder.name, "layers": encoder.layers, "precision": encoder.precision,
+             **(refiner.facts or {}), **(row or {}), "versions": versions()}
     kept = None if refiner.kept is None else refiner.kept.tolist()
     source = f"{type(system).__module__}.{type(system).__name__}"
     note = dict(format=FORMAT, system=source, steps=refiner.steps, kept=kept, facts=facts,
-                encoder_digest=system.encoder.digest)
+                encoder_digest=encoder.digest)
     write_text(folder / "README.md",
                CARD.format(name=refiner.name, facts="\n".join(f"| {k} | {v} |" for k, v in facts.items())))
     write_text(folder / "refiner.json", json.dumps({**note, "files": file_digests(folder)}, indent=1) + "\n")
@@ -243,12 +253,22 @@ def read_note(folder):
     return note
 
 # %% ../nbs/65_refine.ipynb #c20
-def from_pretrained(folder):
-    "The TextRefiner that `save_pretrained` wrote."
+def saved_encoder(note, place=""):
+    "The encoder of a saved refiner; `place`: its folder or hub name, where its own name does not find it."
+    facts = note["facts"]
+    try: encoder = load_encoder(str(place or facts["encoder"]), facts["precision"])
+    except StudyError as error:
+        remedy = "an encoder in a folder of yours: from_pretrained(FOLDER, encoder=ITS_FOLDER)"
+        raise StudyError(f"{error}; {remedy}") from error
+    return encoder.with_layers(facts["layers"])
+
+
+def from_pretrained(folder, encoder=""):
+    "The TextRefiner that `save_pretrained` wrote; `encoder`: the folder of an encoder of your own."
     note = read_note(folder)
     module, _, name = note["system"].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
-    encoder = load_encoder(note["facts"]["encoder"]).with_layers(note["facts"]["layers"])
+    encoder = saved_encoder(note, encoder)
     if encoder.digest != note["encoder_digest"]:
         raise StudyError(f"{folder}: saved for another encoder than {encoder.name} is now; save the refiner "
                          "again")

@@ -84,7 +84,6 @@ def register_models(list_models, training, sizes=None):
     MODELS[list_models.__name__] = list_models
     TRAINING.update(training if isinstance(training, dict) else {section: {} for section in training})
     SIZES.update(sizes or {})
-    return list_models
 
 
 def register_system(entry):
@@ -92,7 +91,6 @@ def register_system(entry):
     if entry.family not in FAMILIES:
         raise ValueError(f"{entry.name}: family {entry.family!r}, one of {FAMILIES} is needed")
     SYSTEMS[entry.name] = entry
-    return entry
 
 # %% ../nbs/06_registry.ipynb #c13
 def models_of(preset):

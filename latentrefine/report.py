@@ -140,7 +140,8 @@ def headline(label, line, value="target_probability"):
     "The headline of a result from a line of its table: value, interval, stories and seeds."
     number = lambda name: float(line[name]) if name in line and pd.notna(line[name]) else None
     ends = dict(low=number(f"{value}_low"), high=number(f"{value}_high"))
-    return dict(label=label, value=number(value), **ends, n=number("n"), seeds=number("seeds"))
+    whole = {name: int(line[name]) for name in ("n", "seeds") if name in line and pd.notna(line[name])}
+    return dict(label=label, value=number(value), **ends, **{"n": None, "seeds": None, **whole})
 
 # %% ../nbs/63_report.ipynb #c19
 def colour_of(system):

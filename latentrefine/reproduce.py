@@ -229,6 +229,7 @@ def reproduce(study, names, cores, more=()):
     began = time.monotonic()
     with lock(study.out / "logs" / "study.lock", str(study.out)):
         log, command = study.out / "logs" / "study.log", engine(study, targets, cores, more)
+        for left in log.parent.glob("*.progress"): left.unlink()       # of nodes that were killed
         with log.open("w") as handle:
             process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, close_fds=False,
                                        preexec_fn=die_with_parent)
@@ -255,8 +256,8 @@ def render(study, names=()):
                 entry in results().items() if entry.get("notebook", name) == name
                 and (study.out / "tables" / f"{name}.csv").exists()]
     unknown = [name for name in names if name not in measured]
-    if unknown:
-        raise StudyError(f"{study.out}: no rows of {', '.join(unknown)}; it has "
+    if unknown or not measured:
+        raise StudyError(f"{study.out}: no rows of {', '.join(unknown) or 'any result'}; it has "
                          f"{', '.join(measured) or 'none'}")
     graph = nodes(study)
     os.environ["LATENTREFINE_RENDER_ONLY"] = "1"

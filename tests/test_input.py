@@ -44,17 +44,18 @@ def test_refine(words):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_refine_with_every_system(words, name):
-    assert call("refine", *words, *SENTENCES, "--system", name)[0] == 0
+    if SYSTEMS[name].offered: assert call("refine", *words, *SENTENCES, "--system", name)[0] == 0
+    else: refused("refine", *words, *SENTENCES, "--system", name, says=[name, "tables alone", "re-aligned"])
 
 
 def test_refine_with_another_setting(words, trained):
-    "An override reaches the system; the folder of the models is the one that was given."
-    code, said, err = call("refine", *words, *SENTENCES, "--system", "full", "flow_steps=0")
-    assert code == 0, err
-    assert said != call("refine", *words, *SENTENCES, "--system", "full")[1]
-    study = Study(trained.preset_path, out=str(trained.out), overrides=["flow_steps=0"])
-    assert row_of(study, "full", 32, .05, 0, {})["overrides"] == "flow_steps=0" and "overrides" not in row_of(trained, "full", 32, .05, 0, {})
-    assert Study(trained.preset_path, overrides=["flow_steps=0"]).out == ROOT / "outputs" / "runs" / "tiny-flow_steps=0"
+    "An override reaches the system; the folder of the models is the one that was given; rows name it."
+    assert call("refine", *words, *SENTENCES, "--system", "full", "flow_steps=7")[0] == 0
+    study = Study(trained.preset_path, out=str(trained.out), overrides=["flow_steps=7"])
+    assert (refiner_of(study, "full").steps, refiner_of(trained, "full").steps) == (7, 2)
+    changed, plain = (row_of(one, "full", 32, .05, 0, {}) for one in (study, trained))
+    assert changed["overrides"] == "flow_steps=7" and "overrides" not in plain
+    assert Study(trained.preset_path, overrides=["flow_steps=7"]).out == ROOT / "outputs" / "runs" / "tiny-flow_steps=7"
 
 
 def test_refine_a_page(words, tmp_path):
@@ -215,20 +216,26 @@ def test_bad_system_file(words, tmp_path):
 
 # Saved refiners
 
-@pytest.fixture
-def saved(trained, tmp_path):
-    refiner = refiner_of(trained, "re-aligned")
-    return refiner, refiner.save_pretrained(tmp_path / "saved", row=dict(target_probability=.5))
-
-
-def test_a_saved_refiner_is_read_back(saved):
-    refiner, folder = saved
-    again = TextRefiner.from_pretrained(folder)
+@pytest.mark.parametrize("name", [name for name, entry in SYSTEMS.items() if entry.offered])
+def test_a_saved_refiner_is_read_back(trained, tiny_bert, tmp_path, name):
+    refiner = refiner_of(trained, name)
+    folder = refiner.save_pretrained(tmp_path / "saved", row=dict(target_probability=.5))
+    again = TextRefiner.from_pretrained(folder, encoder=tiny_bert)
     a, b = (run_system(one, ["Ann went out."], ["she her umbrella."]) for one in (refiner, again))
     assert a.texts == b.texts and a.tokens == b.tokens and torch.equal(a.logits, b.logits) and a.nfe == b.nfe
+    assert again.name == name and again.steps == refiner.steps and a.notes == b.notes
     card = (folder / "README.md").read_text()
-    assert "re-aligned" in card and "target_probability | 0.5" in card and "tiny" in card
+    assert name in card and "target_probability | 0.5" in card and "tiny" in card
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".safetensors", ".md"}
+
+
+@pytest.fixture
+def saved(trained, tmp_path): return refiner_of(trained, "re-aligned").save_pretrained(tmp_path / "saved")
+
+
+def test_a_saved_refiner_asks_for_its_encoder(saved):
+    "One that lies in a folder cannot be found by its name."
+    with pytest.raises(StudyError, match="from_pretrained.FOLDER, encoder="): TextRefiner.from_pretrained(saved)
 
 
 def spoil(kind, folder):
@@ -257,9 +264,9 @@ def spoil(kind, folder):
 
 @pytest.mark.parametrize("kind", ("absent", "no note", "note cut", "note of another kind", "another format", "another package",
                                   "another encoder", "flipped byte", "a file less", "a file more"))
-def test_bad_saved_refiner(saved, kind):
-    said = spoil(kind, saved[1])
-    with pytest.raises(StudyError) as error: TextRefiner.from_pretrained(saved[1])
+def test_bad_saved_refiner(saved, tiny_bert, kind):
+    said = spoil(kind, saved)
+    with pytest.raises(StudyError) as error: TextRefiner.from_pretrained(saved, encoder=tiny_bert)
     for word in said: assert word in str(error.value), (word, error.value)
 
 
@@ -338,7 +345,7 @@ def test_bad_preset(tiny_preset, tmp_path, kind):
 
 def test_too_narrow_an_encoder_to_pretrain(tiny_preset, tmp_path):
     path = write_preset(tmp_path / "mine.yaml", tiny_preset, encoder="in-domain", widths=[64, 16])
-    refused("tables", "--preset", path, "--out", tmp_path, says=["mine.yaml", "encoder", "full width"])
+    refused("tables", "--preset", path, "--out", tmp_path, says=["mine.yaml", "sizes.encoder", "full width, 64"])
 
 
 @pytest.mark.parametrize("text", ("", "- a\n- b\n", "a: [1\n", "just words\n", "\x00", "limit: 500\n", "extends: nothing\n", "extends: mine\n",
@@ -465,7 +472,7 @@ def test_checkpoint_of_another_encoder(trained, tiny_preset, tiny_bert, tmp_path
 
 def test_no_tables(tiny_preset, tmp_path):
     refused("tables", "--preset", tiny_preset, "--out", tmp_path, says=[tmp_path, "latentrefine reproduce"])
-    refused("tables", "table2", "--preset", tiny_preset, "--out", tmp_path, says=["table2", "latentrefine reproduce"])
+    refused("tables", "table2", "--preset", tiny_preset, "--out", tmp_path, says=[tmp_path, "latentrefine reproduce"])
     refused("render", "table2", "--preset", tiny_preset, "--out", tmp_path, says=["no rows of table2"])
     refused("render", "--preset", tiny_preset, "--out", tmp_path, says=["no rows"])
     with pytest.raises(StudyError, match="latentrefine reproduce table2"): load_rows(tmp_path / "table2.json")

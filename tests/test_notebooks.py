@@ -22,11 +22,12 @@ RESULTS = [name for name in ALL if name.startswith("results/")]
 GUIDES = [name for name in ALL if name.startswith("guides/")]
 LISTED = yaml.safe_load((NBS / "results" / "results.yaml").read_text(encoding="utf-8"))
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|Users|work|private|var/folders)/|\b[A-Z]:\\Users\\")
+ADDRESS = re.compile(r" at 0x[0-9a-f]{6}")
 COLUMNS, LINES, F_STRING = 110, 25, 300
 
 # Notebooks whose cells are longer or wider than that. The list only shrinks: a test asks for the removal of what fits.
 TOO_LARGE = {
-    "01_stories.ipynb", "06_registry.ipynb", 
+    "01_stories.ipynb", "06_registry.ipynb",
     "60_presets.ipynb", "61_study.ipynb", "62_measure.ipynb",
     "63_report.ipynb", "65_refine.ipynb", "66_evaluation.ipynb", "67_reproduce.ipynb", "68_command.ipynb",
     "baselines/50_gpt2.ipynb", "baselines/51_parallel.ipynb", "guides/first_steps.ipynb",
@@ -96,6 +97,7 @@ def test_is_tidy(name):
         assert not [o for o in cell.get("outputs", []) if o["output_type"] == "error"], f"{cell['id']}: an error is kept as output"
         places = [MACHINE_PATH.search(text) for text in texts(cell)]
         assert not any(places), f"{cell['id']}: names a place on one machine: {next(p[0] for p in places if p)}"
+        assert not any(ADDRESS.search(text) for text in texts(cell)), f"{cell['id']}: shows the address of an object"
 
 
 @pytest.mark.parametrize("name", LIBRARY)
