@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'COMMANDS', 'Defaults', 'shared_options', 'add_reproduce', 'add_refine', 'add_system', 'add_evaluate',
-           'parser', 'split_words', 'absolute', 'study_of', 'do_reproduce', 'do_render', 'do_plan', 'do_tables',
-           'do_refine', 'do_evaluate', 'main']
+           'parser', 'split_words', 'absolute', 'absolute_plugins', 'study_of', 'do_reproduce', 'do_render', 'do_plan',
+           'do_tables', 'do_refine', 'do_evaluate', 'main']
 
 # %% ../nbs/68_command.ipynb #c02
 import argparse
+import json
 import os
 import sys
 from importlib.metadata import version
@@ -127,6 +128,16 @@ def absolute(path, names=()):
         raise StudyError(f"{path}: not a path ({error}); give one without ~USER") from error
 
 # %% ../nbs/68_command.ipynb #c13
+def absolute_plugins(override):
+    "An override of `plugins` with paths taken from where the command was called; any other as it is."
+    if not override.startswith("plugins="): return override
+    import yaml
+    try: paths = yaml.safe_load(override.removeprefix("plugins="))
+    except yaml.YAMLError: return override
+    listed = paths if isinstance(paths, list) else [paths]
+    return f"plugins={json.dumps([absolute(str(path)) for path in listed])}"
+
+
 def study_of(given, overrides, own_stories=True):
     "The study that parsed arguments name."
     from latentrefine.study import SOURCES, Study
@@ -137,8 +148,8 @@ def study_of(given, overrides, own_stories=True):
         raise StudyError(f"--seeds {given.seeds}: at least 1 is needed, or 0 for the preset's")
     if given.seeds > 1000: raise StudyError(f"--seeds {given.seeds}: at most 1000")
     preset = absolute(given.preset) if given.preset.endswith((".yaml", ".yml")) else given.preset
-    return Study(preset, stories if own_stories else "", absolute(given.out), given.seed, given.seeds,
-                 overrides)
+    own = [absolute_plugins(one) for one in overrides]
+    return Study(preset, stories if own_stories else "", absolute(given.out), given.seed, given.seeds, own)
 
 # %% ../nbs/68_command.ipynb #c14
 def do_reproduce(given, more):

@@ -430,8 +430,9 @@ def measuring_digest(study, entry, measure):
     source = "\n".join(reached(cells, measure.__name__, FROM_OUTSIDE))
     systems, seeds = systems_of(entry), 1 if entry.get("seeds") == "first" else study.seeds
     code = code_digest(source), code_digest(imports_of([system.open for system in systems]))
+    read = {name: recorded_digest(study.out / "tables" / f"{name}.json") for name in entry.get("results", [])}
     facts = [*code, [system.name for system in systems], published_named(source), models_digest(study, entry),
-             settings_digest(study, entry.get("settings", []), seeds)]
+             settings_digest(study, entry.get("settings", []), seeds), read]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/62_measure.ipynb #c40

@@ -122,7 +122,7 @@ def check_sections(path, preset):
                                  f"{', '.join(known)}")
         for section in known:
             defaults = TRAINING[section] if kind == "training" else {}
-            values = given.setdefault(section, dict(defaults))
+            values = given[section] = {**defaults, **given.get(section, {})}
             model = section_model(Training if kind == "training" else SIZES[section])
             try: model.model_validate(values)
             except ValidationError as error: refuse(path, error, f"{kind}.{section}")
