@@ -193,6 +193,7 @@ def do_tables(given, more):
 
 def do_refine(given, more):
     from latentrefine.refine import refine_command
+    if given.out.endswith(".jsonl"): given.write, given.out = given.out, ""      # --out names the file
     refine_command(study_of(given, given.settings, own_stories=False), given)
 
 
@@ -200,11 +201,11 @@ def do_evaluate(given, more):
     from latentrefine.evaluation import evaluate_command
     evaluate_command(study_of(given, given.settings, own_stories=False), given)
 
-
+# %% ../nbs/68_command.ipynb #c17
 COMMANDS = dict(reproduce=do_reproduce, render=do_render, plan=do_plan, tables=do_tables, refine=do_refine,
                 evaluate=do_evaluate)
 
-# %% ../nbs/68_command.ipynb #c17
+# %% ../nbs/68_command.ipynb #c18
 def main(arguments=None):
     "The command `latentrefine`: exit code 0, 2 for a user's error, 130 for Ctrl-C."
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -33,13 +33,15 @@ from .refine import TextRefiner, own_system, read_drafts, refiner_of, run_system
 from .refiner import oracle
 from .registry import MAIN_RATE, draft_rates, entry_of, percent
 from .report import narrow
-from .stories import from_slots, read_stories, slot_stories
 
 # %% ../nbs/66_evaluation.ipynb #c03
+from .stories import from_slots, read_stories, slot_stories
+
+# %% ../nbs/66_evaluation.ipynb #c04
 from .study import EVALUATION_SEED, SOURCES, steps_of
 from .textmetrics import mauve_score
 
-# %% ../nbs/66_evaluation.ipynb #c06
+# %% ../nbs/66_evaluation.ipynb #c07
 def aligned_equal(ids, target):
     "Pieces of `target` that an alignment by edit distance finds equal in `ids`, both lists."
     return sum(edit.src_end - edit.src_start for edit in Levenshtein.opcodes(target, ids)
@@ -60,7 +62,7 @@ def text_scores(texts, drafts, targets, tokenizer):
                 exact_match=sum(a == b for a, b in zip(found, real)) / len(real),
                 edits_to_target=sum(map(Levenshtein.distance, found, real)) / count, **scores)
 
-# %% ../nbs/66_evaluation.ipynb #c07
+# %% ../nbs/66_evaluation.ipynb #c08
 def scored_texts(study, system, prompts, drafts, targets, seed):
     """(row values, Refined) of a system on texts:
     text metrics, perplexity under the study's GPT-2, latency, NFE."""
@@ -83,7 +85,7 @@ def perplexity_of(study, prompts, texts):
     both = [(prompt, text) for prompt, text in zip(prompts, texts) if text.strip()]
     return dict(ppl=perplexity(*map(list, zip(*both))), ppl_model=label) if both else {}
 
-# %% ../nbs/66_evaluation.ipynb #c09
+# %% ../nbs/66_evaluation.ipynb #c10
 def trained_on(study):
     "The texts of the stories that a study's models were trained on."
     note = study.out / "models" / "source.json"
@@ -103,7 +105,7 @@ def unseen_stories(study, source, limit, strict):
     if not stories: raise StudyError(f"{source}: every story in it was used in training; give other stories")
     return stories, len(given) - len(stories), skipped or []
 
-# %% ../nbs/66_evaluation.ipynb #c10
+# %% ../nbs/66_evaluation.ipynb #c11
 def compared_systems(study, name, dropout):
     """The systems of an evaluation by name: no-op, re-aligned and the one asked for;
     a missing re-aligned system is left out."""
@@ -129,7 +131,7 @@ def opened_at(study, name, dropout):
     system = entry_of(name).open(study, dropout=dropout)
     return TextRefiner(system, steps_of(study, system), None if system.vocabulary == "all" else study.kept)
 
-# %% ../nbs/66_evaluation.ipynb #c11
+# %% ../nbs/66_evaluation.ipynb #c12
 def evaluate(study, source, dropout=MAIN_RATE, name="re-aligned", limit=None, strict=False):
     """(rows, file, messages) of oracle, no-op, re-aligned system and `name` on stories of any source.
     The rows go to evaluations/. `name`: a registered system, or FILE.py:FUNCTION of your own."""
@@ -151,13 +153,13 @@ def evaluate(study, source, dropout=MAIN_RATE, name="re-aligned", limit=None, st
     save_rows(target, rows, provenance("evaluate", study.preset_name, time.monotonic() - study.started))
     return rows, target, skipped
 
-# %% ../nbs/66_evaluation.ipynb #c12
+# %% ../nbs/66_evaluation.ipynb #c13
 def evaluation_name(source, label, name, dropout):
     "The name of a file of rows; a digest of the stories' place tells files of one name in two folders apart."
     place = "" if source in SOURCES else hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:6]
     return "-".join(filter(None, (label[:80], place, name.replace(" ", "_"), percent(dropout))))
 
-# %% ../nbs/66_evaluation.ipynb #c13
+# %% ../nbs/66_evaluation.ipynb #c14
 def evaluation_row(study, name, system, batch, dropout, facts):
     """The row of a system on a batch with drafts:
     slot-wise metrics where it has logits, text metrics for every system."""
@@ -177,7 +179,7 @@ def evaluation_row(study, name, system, batch, dropout, facts):
         values |= {**scores.result(), "target_probability_low": low, "target_probability_high": high}
     return {**row_of(study, name, width, dropout, steps, values, split="file"), **facts, "length": "unknown"}
 
-# %% ../nbs/66_evaluation.ipynb #c14
+# %% ../nbs/66_evaluation.ipynb #c15
 def rates_of(study, name, dropout):
     "Dropout rates that a registered system was trained on."
     rates = entry_of(name).rates
@@ -191,7 +193,7 @@ def oracle_row(study, nothing, batch, dropout, facts):
     row = row_of(study, "oracle", study.full, dropout, 0, {**result, "layers": nothing.layers}, split="file")
     return {**row, **facts, "length": "the target's"}
 
-# %% ../nbs/66_evaluation.ipynb #c16
+# %% ../nbs/66_evaluation.ipynb #c17
 def evaluate_drafts(study, path, name="re-aligned", references="", strict=False):
     "(rows, messages) of the drafts as they are, the re-aligned system and `name` on a file of drafts."
     rows, skipped = read_drafts(path, study.tokenizer, strict)
@@ -208,7 +210,7 @@ def evaluate_drafts(study, path, name="re-aligned", references="", strict=False)
         found.append(dict(system=one, **values))
     return found, skipped
 
-# %% ../nbs/66_evaluation.ipynb #c17
+# %% ../nbs/66_evaluation.ipynb #c18
 def read_references(path):
     "The lines of a text file; StudyError if it cannot be read."
     try: return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -221,17 +223,17 @@ class Unchanged:
     name = "draft"
     def refine(self, prompts, drafts, seed): return list(drafts)
 
-# %% ../nbs/66_evaluation.ipynb #c18
+# %% ../nbs/66_evaluation.ipynb #c19
 def mauve_of(study, texts, references):
     "MAUVE of texts against references; nothing for fewer than 100 of either, whose MAUVE says little."
     if min(len(texts), len(references)) < 100: return {}
     mean, *_ = mauve_score(embed_texts(study.encoder, texts), embed_texts(study.encoder, references))
     return dict(mauve=mean)
 
-# %% ../nbs/66_evaluation.ipynb #c20
+# %% ../nbs/66_evaluation.ipynb #c21
 NORMS = (0., .1, .2, .3, .4, .5, .6, .8, 1., 1.3, 1.7, 2.2, 3.)
 
-# %% ../nbs/66_evaluation.ipynb #c21
+# %% ../nbs/66_evaluation.ipynb #c22
 @torch.no_grad()
 def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, slots=256):
     """(table, figure) of the readable basin of a latent space.
@@ -256,7 +258,7 @@ def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, s
     rows = [dict(direction=name, half_radius=radii[name], unmoved=curve[0]) for name, curve in curves.items()]
     return pd.DataFrame(rows).assign(slots=len(real)), basin_figure(curves)
 
-# %% ../nbs/66_evaluation.ipynb #c22
+# %% ../nbs/66_evaluation.ipynb #c23
 def basin_figure(curves):
     "Probability of the decoded token over the relative norm of the displacement, a curve a direction."
     figure, axis = plt.subplots(figsize=(5, 3))
@@ -265,13 +267,13 @@ def basin_figure(curves):
     axis.set_ylim(0, 1); axis.legend()
     return figure
 
-# %% ../nbs/66_evaluation.ipynb #c25
+# %% ../nbs/66_evaluation.ipynb #c26
 SHOWN = ("system", "target_probability", "top1", "ce", "aligned_accuracy", "exact_match", "edits_to_target",
          "n")
 SHOWN_DRAFTS = ("system", "aligned_accuracy", "exact_match", "edits_to_target", "edits_to_draft", "ppl",
                 "mauve", "n")
 
-# %% ../nbs/66_evaluation.ipynb #c26
+# %% ../nbs/66_evaluation.ipynb #c27
 def evaluate_command(study, given):
     "Carry out `latentrefine evaluate`."
     if given.drafts:

@@ -7,7 +7,7 @@ __all__ = ['NOT_SIZES', 'TARGET_LENGTH', 'KEEP_LENGTH', 'PUBLISHED', 'MAUVE', 'T
            'FROM_OUTSIDE', 'chunk_size', 'real_latents', 'measure', 'paper_preset', 'describe_run', 'row_of',
            'shares_latents', 'measure_system', 'measure_oracle', 'training_cost', 'inference_parameters',
            'missing_columns', 'over_seeds', 'add_intervals', 'add_gain', 'verdict', 'published', 'beside_published',
-           'TextEvaluator', 'text_row', 'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used', 'reached',
+           'text_row', 'TextEvaluator', 'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used', 'reached',
            'modules_of', 'code_digest', 'published_named', 'imports_of', 'settings_digest', 'results', 'systems_of',
            'models_for', 'nodes_for', 'models_digest', 'executed_cells', 'measuring_digest', 'measured',
            'recorded_digest', 'save_scores', 'load_scores']
@@ -76,7 +76,7 @@ def measure(logits_of, batch, states=None, project=None):
 
 # %% ../nbs/62_measure.ipynb #c09
 NOT_SIZES = ("stories", "encoder", "precision", "seeds", "gpt2", "timing_batches", "claim_widths", "plugins")
-TARGET_LENGTH = "the target's"                 # `length` of rows whose drafts keep it, and of bounds that read the target
+TARGET_LENGTH = "the target's"                 # `length` of rows whose drafts keep it, and of bounds
 KEEP_LENGTH = ("mask", "replace", "swap")      # corruption types whose drafts are as long as their targets
 
 
@@ -208,35 +208,7 @@ def beside_published(rows, name, keys, values):
     return joined[[c for column in ours for c in (column, f"{column} (report)") if c in joined]]
 
 # %% ../nbs/62_measure.ipynb #c22
-class TextEvaluator:
-    "Text metrics on the first `count` test stories (0: the preset's `samples`) for the result `name`."
-    def __init__(self, study, name, count=0):
-        self.study, self.name, self.tokenizer = study, name, study.encoder.tokenizer
-        self.drafts = study.drafts(MAIN_RATE, count=count or study.preset.samples)
-        slots = self.drafts.prompt_ids, self.drafts.draft_ids, self.drafts.target_ids
-        self.prompts, self.draft_texts, self.references = (from_slots(ids, self.tokenizer) for ids in slots)
-        self.other_prompts, self.others = map(self.other_stories, ("prompt_ids", "target_ids"))
-        found = scoring_model(study.preset.gpt2, study.model("gpt2"), self.tokenizer)
-        self.scored_by, self.perplexity = found
-        self.embed = cached_embedding(lambda texts: embed_texts(study.encoder, texts))
-
-    def other_stories(self, field):
-        "As many texts of validation and training stories as there are drafts."
-        count, splits = len(self.drafts), ("validation", "train")
-        ids = [getattr(self.study.batches[split], field)[:count] for split in splits]
-        return [text for part in ids for text in from_slots(part, self.tokenizer)][:count]
-
-    def outputs(self, system, steps, seed):
-        "(texts, NFE) of a system on the drafts."
-        outs = [system.slot_logits(part, steps, seed) for part in self.drafts.chunks(32)]
-        texts = [text for out in outs for text in from_slots(out.tokens.cpu(), self.tokenizer)]
-        return texts, outs[0].nfe
-
-    def row(self, one, system, texts, steps=0, prompts=None, **more):
-        return text_row(self, one, system, texts, steps, prompts, more)
-
-# %% ../nbs/62_measure.ipynb #c23
-def text_row(evaluator, one, system, texts, steps, prompts, more):
+def text_row(evaluator, one, system, texts, steps=0, prompts=None, **more):
     """The row of `texts` by `system` at the seed of the study `one`, the texts written to samples/.
     `prompts`: theirs, if others."""
     path = f"samples/{evaluator.name}-{system}-{steps}-s{one.seed}.jsonl".replace(" ", "-")
@@ -252,6 +224,33 @@ def text_row(evaluator, one, system, texts, steps, prompts, more):
 MAUVE = ("mauve", "mauve_low", "mauve_high", "mauve_floor", "mauve_floor_low", "mauve_floor_high",
          "mauve_unpaired")
 TEXT_VALUES = (*MAUVE, "distinct1", "distinct2", "repetition", "words", "ppl", "n")
+
+# %% ../nbs/62_measure.ipynb #c23
+class TextEvaluator:
+    "Text metrics on the first `count` test stories (0: the preset's `samples`) for the result `name`."
+    def __init__(self, study, name, count=0):
+        self.study, self.name, self.tokenizer = study, name, study.encoder.tokenizer
+        self.drafts = study.drafts(MAIN_RATE, count=count or study.preset.samples)
+        slots = self.drafts.prompt_ids, self.drafts.draft_ids, self.drafts.target_ids
+        self.prompts, self.draft_texts, self.references = (from_slots(ids, self.tokenizer) for ids in slots)
+        self.other_prompts, self.others = map(self.other_stories, ("prompt_ids", "target_ids"))
+        scoring = study.preset.gpt2, study.model("gpt2"), self.tokenizer
+        self.scored_by, self.perplexity = scoring_model(*scoring)
+        self.embed = cached_embedding(lambda texts: embed_texts(study.encoder, texts))
+
+    def other_stories(self, field):
+        "As many texts of validation and training stories as there are drafts."
+        count, splits = len(self.drafts), ("validation", "train")
+        ids = [getattr(self.study.batches[split], field)[:count] for split in splits]
+        return [text for part in ids for text in from_slots(part, self.tokenizer)][:count]
+
+    def outputs(self, system, steps, seed):
+        "(texts, NFE) of a system on the drafts."
+        outs = [system.slot_logits(part, steps, seed) for part in self.drafts.chunks(32)]
+        texts = [text for out in outs for text in from_slots(out.tokens.cpu(), self.tokenizer)]
+        return texts, outs[0].nfe
+
+    row = text_row
 
 # %% ../nbs/62_measure.ipynb #c24
 def text_table(rows, keys, name, values, more=()):
@@ -437,8 +436,8 @@ def measuring_digest(study, entry, measure):
 
 # %% ../nbs/62_measure.ipynb #c40
 def measured(study, name, measure):
-    """The wide table of the result `name`, measured unless tables/NAME.json carries this measurement's digest.
-    `measure(study)` returns (rows, table) or (rows, table, scores), a list of `Recoverability` for each key."""
+    """The wide table of the result `name`, measured unless its rows carry the digest of this measurement.
+    `measure(study)` returns (rows, table) or (rows, table, scores): lists of `Recoverability` by key."""
     entry, folder = results()[name], study.out / "tables"
     render_only = os.environ.get("LATENTREFINE_RENDER_ONLY") and (folder / f"{name}.csv").exists()
     digest = None if render_only else measuring_digest(study, entry, measure)

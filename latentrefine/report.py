@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'ANSWERS', 'FILTERS', 'columns', 'base_column', 'label_of', 'shown_number', 'shown_interval', 'narrow',
-           'rendered', 'markdown_of', 'Result', 'write_answer', 'headline', 'colour_of', 'errorbar', 'lines_of',
-           'front_table', 'front_findings', 'front_systems', 'update_front']
+           'plural', 'rendered', 'markdown_of', 'write_answer', 'headline', 'Result', 'colour_of', 'errorbar',
+           'lines_of', 'front_table', 'front_findings', 'front_systems', 'update_front']
 
 # %% ../nbs/63_report.ipynb #c02
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -78,6 +79,11 @@ FILTERS = dict(p=lambda x: f"{x:.3f}", signed=lambda x: f"{x:+.3f}", pct=lambda 
                span=lambda ends: f"[{ends[0]:.3f}, {ends[1]:.3f}]")
 
 
+def plural(text):
+    "The text with `1 seed(s)` as `1 seed` and other numbers with `seeds`."
+    return re.sub(r"([\d,]+) seed\(s\)", lambda found: f"{found[1]} seed" + "s" * (found[1] != "1"), text)
+
+
 def rendered(template, values):
     "(answer, limits) of a template text; ValueError for more than ten values or one that is missing."
     if len(values) > 10: raise ValueError(f"{len(values)} values; an answer has at most ten")
@@ -85,7 +91,7 @@ def rendered(template, values):
     environment.filters.update(FILTERS)
     try: text = environment.from_string(template).render(**values)
     except jinja2.UndefinedError as error: raise ValueError(f"a value that was not given: {error}") from error
-    answer, _, limits = text.partition("\n---\n")
+    answer, _, limits = plural(text).partition("\n---\n")
     return answer.strip(), limits.strip()
 
 # %% ../nbs/63_report.ipynb #c15
@@ -98,6 +104,25 @@ def markdown_of(shown, names):
     return f"{body}\n\n" + "\n".join(meanings) + "\n"
 
 # %% ../nbs/63_report.ipynb #c16
+def write_answer(result, headline=None, verdict="", **values):
+    "Render the answer of a result, write answers/NAME.json, and return both parts as Markdown."
+    template = ANSWERS / f"{result.name}.md.j2"
+    if not template.exists(): raise StudyError(f"{template}: no such template; write the answer there")
+    answer, limits = rendered(template.read_text(encoding="utf-8"), values)
+    said = {**result.said, "answer": answer, "limits": limits, "headline": headline, "verdict": verdict}
+    text = json.dumps(said, indent=1, ensure_ascii=False, default=float)
+    write_text(result.study.out / "answers" / f"{result.name}.json", text + "\n")
+    return Markdown(f"{answer}\n\n**Limits.** {limits}")
+
+
+def headline(label, line, value="target_probability"):
+    "The headline of a result from a line of its table: value, interval, stories and seeds."
+    number = lambda name: float(line[name]) if name in line and pd.notna(line[name]) else None
+    ends = dict(low=number(f"{value}_low"), high=number(f"{value}_high"))
+    whole = {name: int(line[name]) for name in ("n", "seeds") if name in line and pd.notna(line[name])}
+    return dict(label=label, value=number(value), **ends, **{"n": None, "seeds": None, **whole})
+
+# %% ../nbs/63_report.ipynb #c17
 class Result:
     "What a result notebook shows: `table`, `figure` and last `answer`, which writes answers/NAME.json."
     def __init__(self, study, name):
@@ -115,33 +140,13 @@ class Result:
 
     def figure(self, figure, caption, name=""):
         "Write a figure to figures/NAME.png and show its caption."
-        name = name or self.name
+        name, caption = name or self.name, plural(caption)
         with writing(self.study.out / "figures" / f"{name}.png") as scratch:
             figure.savefig(scratch, format="png", dpi=110, bbox_inches="tight")
         self.said["figures"].append([name, caption])
         return Markdown(f"**Figure.** {caption}")
 
-    def answer(self, headline=None, verdict="", **values):
-        return write_answer(self, headline, verdict, values)
-
-# %% ../nbs/63_report.ipynb #c17
-def write_answer(result, headline, verdict, values):
-    "Render the answer of a result, write answers/NAME.json, and return both parts as Markdown."
-    template = ANSWERS / f"{result.name}.md.j2"
-    if not template.exists(): raise StudyError(f"{template}: no such template; write the answer there")
-    answer, limits = rendered(template.read_text(encoding="utf-8"), values)
-    said = {**result.said, "answer": answer, "limits": limits, "headline": headline, "verdict": verdict}
-    text = json.dumps(said, indent=1, ensure_ascii=False, default=float)
-    write_text(result.study.out / "answers" / f"{result.name}.json", text + "\n")
-    return Markdown(f"{answer}\n\n**Limits.** {limits}")
-
-
-def headline(label, line, value="target_probability"):
-    "The headline of a result from a line of its table: value, interval, stories and seeds."
-    number = lambda name: float(line[name]) if name in line and pd.notna(line[name]) else None
-    ends = dict(low=number(f"{value}_low"), high=number(f"{value}_high"))
-    whole = {name: int(line[name]) for name in ("n", "seeds") if name in line and pd.notna(line[name])}
-    return dict(label=label, value=number(value), **ends, **{"n": None, "seeds": None, **whole})
+    answer = write_answer
 
 # %% ../nbs/63_report.ipynb #c19
 def colour_of(system):
@@ -178,7 +183,7 @@ def front_findings(folder):
     names = [name for name, entry in results().items() if entry.get("finding")]
     said = [json.loads((Path(folder) / "answers" / f"{name}.json").read_text(encoding="utf-8"))
             for name in names]
-    links = [f"[{one['title']}](nbs/results/{one['name']}.ipynb)" for one in said]
+    links = [f"[{one['name']}](nbs/results/{one['name']}.ipynb)" for one in said]
     firsts = [" ".join(one["answer"].split("\n\n")[0].split()) for one in said]
     return "\n".join(f"- {first} ({link})" for first, link in zip(firsts, links))
 
@@ -186,7 +191,7 @@ def front_findings(folder):
 def front_systems():
     "The systems of the cross-system table, as a Markdown list."
     shown = [entry for entry in SYSTEMS.values() if entry.compared]
-    return "\n".join(f"- **{entry.name}** ({entry.family}): {entry.description}" for entry in shown)
+    return "\n".join(f"- **{entry.name}**: {entry.description}" for entry in shown)
 
 
 def update_front(path, folder):

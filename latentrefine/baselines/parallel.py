@@ -140,10 +140,13 @@ def parallel_models(preset):
 def open_parallel(study):
     "The parallel transformer of a study."
     autoencoder = open_autoencoder(study)
-    return Parallel(study.encoder, autoencoder, load_parallel(study.model(f"parallel-{study.full}"), study.encoder, autoencoder))
+    return Parallel(study.encoder, autoencoder,
+                    load_parallel(study.model(f"parallel-{study.full}"), study.encoder, autoencoder))
 
 
 register_models(parallel_models, ("aligner",))
+
+# %% ../../nbs/baselines/51_parallel.ipynb #c19
 register_system(SystemEntry(
     "parallel transformer", "baseline", "emits all target tokens at once, without latents", open_parallel,
     lambda preset: (autoencoder_name(preset.widths[0]), f"parallel-{preset.widths[0]}"),
