@@ -7,9 +7,9 @@ __all__ = ['NOT_SIZES', 'TARGET_LENGTH', 'KEEP_LENGTH', 'PUBLISHED', 'MAUVE', 'T
            'FROM_OUTSIDE', 'chunk_size', 'real_latents', 'measure', 'paper_preset', 'describe_run', 'row_of',
            'shares_latents', 'measure_system', 'measure_oracle', 'training_cost', 'inference_parameters',
            'missing_columns', 'over_seeds', 'add_intervals', 'add_gain', 'verdict', 'published', 'beside_published',
-           'text_row', 'TextEvaluator', 'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used', 'reached',
-           'modules_of', 'code_digest', 'published_named', 'imports_of', 'settings_digest', 'results', 'systems_of',
-           'models_for', 'nodes_for', 'models_digest', 'executed_cells', 'measuring_digest', 'measured',
+           'text_row', 'scoring_of', 'TextEvaluator', 'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used',
+           'reached', 'modules_of', 'code_digest', 'published_named', 'imports_of', 'settings_digest', 'results',
+           'systems_of', 'models_for', 'nodes_for', 'models_digest', 'executed_cells', 'measuring_digest', 'measured',
            'recorded_digest', 'save_scores', 'load_scores']
 
 # %% ../nbs/62_measure.ipynb #c02
@@ -221,6 +221,9 @@ def text_row(evaluator, one, system, texts, steps=0, prompts=None, **more):
     return {**row_of(one, system, one.full, MAIN_RATE, steps, {**values, **facts}), **more}
 
 
+def scoring_of(study): return scoring_model(study.preset.gpt2, study.model("gpt2"), study.encoder.tokenizer)
+
+
 MAUVE = ("mauve", "mauve_low", "mauve_high", "mauve_floor", "mauve_floor_low", "mauve_floor_high",
          "mauve_unpaired")
 TEXT_VALUES = (*MAUVE, "distinct1", "distinct2", "repetition", "words", "ppl", "n")
@@ -234,8 +237,7 @@ class TextEvaluator:
         slots = self.drafts.prompt_ids, self.drafts.draft_ids, self.drafts.target_ids
         self.prompts, self.draft_texts, self.references = (from_slots(ids, self.tokenizer) for ids in slots)
         self.other_prompts, self.others = map(self.other_stories, ("prompt_ids", "target_ids"))
-        scoring = study.preset.gpt2, study.model("gpt2"), self.tokenizer
-        self.scored_by, self.perplexity = scoring_model(*scoring)
+        self.scored_by, self.perplexity = scoring_of(study)
         self.embed = cached_embedding(lambda texts: embed_texts(study.encoder, texts))
 
     def other_stories(self, field):
@@ -247,8 +249,8 @@ class TextEvaluator:
     def outputs(self, system, steps, seed):
         "(texts, NFE) of a system on the drafts."
         outs = [system.slot_logits(part, steps, seed) for part in self.drafts.chunks(32)]
-        texts = [text for out in outs for text in from_slots(out.tokens.cpu(), self.tokenizer)]
-        return texts, outs[0].nfe
+        ids = torch.cat([out.tokens.cpu() for out in outs])
+        return from_slots(ids, self.tokenizer), outs[0].nfe
 
     row = text_row
 

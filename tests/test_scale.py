@@ -240,4 +240,6 @@ def test_the_in_domain_encoder_in_a_study(tmp_path):
     assert again.encoder.name == encoder_label(size) == "in-domain BERT 32x1 (MLM on the stories)" and again.encoder.width == 32
     assert row_of(again, "no-op", 32, MAIN_RATE, 0, {})["encoder"] == encoder_label(size)
     assert torch.equal(again.batches["train"].target_ids, study.batches["train"].target_ids)
-    for file in nodes(again)["encoder"].products: assert (again.out / file).is_file(), file
+    made = [file for file in nodes(again)["encoder"].products if file.startswith("models/")]
+    assert made
+    for file in made: assert (again.out / file).is_file(), file

@@ -131,6 +131,25 @@ def test_one_bad_row_stops_the_reading_unless_it_lies_behind_the_limit(tmp_path)
     with pytest.raises(StudyError, match="line 3"): read_stories(path)
 
 
+@pytest.mark.parametrize("name, content, said", BAD, ids=[b[0] for b in BAD])
+def test_a_list_collects_bad_rows_but_no_bad_file(tmp_path, name, content, said):
+    path, skipped, whole = tmp_path / name, [], None
+    path.write_bytes(content)
+    with pytest.raises(StudyError) as strict: read_stories(path)
+    try: stories = read_stories(path, skipped=skipped)
+    except StudyError as error: stories, whole = [], str(error)
+    if skipped: assert skipped[0] == str(strict.value) and (stories or "no story" in whole)
+    else: assert whole == str(strict.value) and not stories
+
+
+def test_bad_rows_between_good_ones(tmp_path):
+    path, skipped, (first, second) = tmp_path / "s.txt", [], GOOD["s.txt"].splitlines()
+    path.write_text(f"{first}\nA cat.\n\n{second}\nA dog. A cow.\n", encoding="utf-8")
+    assert [story.sentences for story in read_stories(path, skipped=skipped)] == TWO
+    assert [re.search(r"line (\d+)", message)[1] for message in skipped] == ["2", "5"]
+    assert len(read_stories(path, 2, skipped=[])) == 2 and len(read_stories(path, 1, skipped=[])) == 1
+
+
 def test_hub(monkeypatch):
     import datasets
     def offline(*args): raise ConnectionError("no route")
