@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'READING', 'Node', 'digest_of', 'model_nodes', 'result_key', 'telling_sources', 'page_sources',
-           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'plan_of', 'engine', 'due_nodes', 'follow',
-           'running_steps', 'targets_of', 'reproduce', 'stop', 'render']
+           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'plan_of', 'engine', 'due_nodes',
+           'follow', 'running_steps', 'targets_of', 'reproduce', 'stop', 'render']
 
 # %% ../nbs/67_reproduce.ipynb #c02
 import hashlib
@@ -153,19 +153,27 @@ def with_needs(graph, targets):
     return due
 
 
+def planned(graph, name):
+    """What the Snakefile reads of a node. It waits for the nodes `after` without being stale when they are newer:
+    the stories enter its key, so that a change of their table trains nothing."""
+    node = graph[name]
+    first = [need for need in node.needs if results().get(need, {}).get("first")]
+    done = {one: graph[one].done for one in node.needs}
+    return dict(name=name, done=node.done, after=[done[one] for one in first],
+                needs=[done[one] for one in node.needs if one not in first], products=list(node.products),
+                key=node.key, alone=node.alone, module="notebooks" if node.notebook else "reproduce")
+
+# %% ../nbs/67_reproduce.ipynb #c17
 def plan_of(study, targets):
     "Write the plan of the nodes that targets need, and their specs, to logs/; returns the plan's path."
     graph = nodes(study)
     due = with_needs(graph, targets)
     for name in due: write_text(study.out / "logs" / f"{name}.json", json.dumps(spec_of(study, graph[name])))
-    listed = [dict(name=node.name, done=node.done, needs=[graph[need].done for need in node.needs],
-                   products=list(node.products),
-                   key=node.key, alone=node.alone, module="notebooks" if node.notebook else "reproduce")
-              for node in map(graph.get, due)]
+    listed = [planned(graph, name) for name in due]
     write_text(study.out / "logs" / "study.json", json.dumps(dict(nodes=listed, python=sys.executable)))
     return study.out / "logs" / "study.json"
 
-# %% ../nbs/67_reproduce.ipynb #c17
+# %% ../nbs/67_reproduce.ipynb #c18
 def engine(study, targets, cores, more=()):
     "The Snakemake command that brings targets up to date."
     plan = plan_of(study, targets)
@@ -178,7 +186,7 @@ def engine(study, targets, cores, more=()):
             "--configfile", str(plan), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime",
             "params", "input", *prioritize, *more]
 
-# %% ../nbs/67_reproduce.ipynb #c18
+# %% ../nbs/67_reproduce.ipynb #c19
 def due_nodes(study, targets):
     "Names of the nodes that a call would run."
     command = [*engine(study, targets, 2), "--dry-run"]
@@ -187,7 +195,7 @@ def due_nodes(study, targets):
     found = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout + run.stderr, re.M))
     return {name for name in nodes(study) if name.replace("-", "_").replace(".", "_") in found}
 
-# %% ../nbs/67_reproduce.ipynb #c19
+# %% ../nbs/67_reproduce.ipynb #c20
 def follow(process, log):
     """Show the progress of a Snakemake process that writes to the file `log`,
     with the step of running trainings, until it ends."""
@@ -213,7 +221,7 @@ def running_steps(folder):
     found = [path.read_text(errors="replace") for path in sorted(folder.glob("*.progress"))]
     return ", ".join(found)
 
-# %% ../nbs/67_reproduce.ipynb #c20
+# %% ../nbs/67_reproduce.ipynb #c21
 def targets_of(graph, names):
     "Node names for what a user names: a node, or a model at every seed; StudyError for others."
     found = {name: [node for node in graph if name in (node, node.rsplit("-s", 1)[0])] for name in names}
@@ -221,7 +229,7 @@ def targets_of(graph, names):
     if unknown: raise StudyError(f"target {', '.join(unknown)}: not known; choose from {', '.join(graph)}")
     return [node for one in found.values() for node in one]
 
-# %% ../nbs/67_reproduce.ipynb #c21
+# %% ../nbs/67_reproduce.ipynb #c22
 def reproduce(study, names, cores, more=()):
     """Bring targets up to date; returns the seconds it took, or None if nothing was due.
     StudyError if a node fails."""
@@ -242,14 +250,14 @@ def reproduce(study, names, cores, more=()):
         raise StudyError("\n".join(reasons) or f"the study stopped; the reason is in {log}")
     return None if "Nothing to be done" in text else time.monotonic() - began
 
-# %% ../nbs/67_reproduce.ipynb #c22
+# %% ../nbs/67_reproduce.ipynb #c23
 def stop(process):
     "Interrupt a Snakemake process; kill it if it has not ended after 30 seconds."
     process.send_signal(signal.SIGINT)
     try: process.wait(timeout=30)
     except subprocess.TimeoutExpired: process.kill()
 
-# %% ../nbs/67_reproduce.ipynb #c24
+# %% ../nbs/67_reproduce.ipynb #c25
 def render(study, names=()):
     "Run the result notebooks of measured results without measuring, then write the page; returns the names."
     measured = [name for name,
@@ -268,5 +276,5 @@ def render(study, names=()):
     finally: del os.environ["LATENTREFINE_RENDER_ONLY"]
     return list(names) or measured
 
-# %% ../nbs/67_reproduce.ipynb #c25
+# %% ../nbs/67_reproduce.ipynb #c26
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(sys.argv[1]))
