@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'READING', 'Node', 'digest_of', 'model_nodes', 'result_key', 'telling_sources', 'page_sources',
-           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'plan_of', 'engine', 'due_nodes',
-           'follow', 'running_steps', 'targets_of', 'reproduce', 'stop', 'render']
+           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'plan_of', 'engine',
+           'due_nodes', 'follow', 'running_steps', 'targets_of', 'reproduce', 'stop', 'render']
 
 # %% ../nbs/67_reproduce.ipynb #c02
 import hashlib
@@ -164,11 +164,18 @@ def planned(graph, name):
                 key=node.key, alone=node.alone, module="notebooks" if node.notebook else "reproduce")
 
 # %% ../nbs/67_reproduce.ipynb #c17
+def drop_stale(study, node):
+    "Remove the mark of a finished node that was made under another key."
+    done = study.out / node.done
+    if done.exists() and done.read_text(encoding="utf-8").strip() != node.key: done.unlink()
+
+
 def plan_of(study, targets):
     "Write the plan of the nodes that targets need, and their specs, to logs/; returns the plan's path."
     graph = nodes(study)
     due = with_needs(graph, targets)
     for name in due: write_text(study.out / "logs" / f"{name}.json", json.dumps(spec_of(study, graph[name])))
+    for name in due: drop_stale(study, graph[name])
     listed = [planned(graph, name) for name in due]
     write_text(study.out / "logs" / "study.json", json.dumps(dict(nodes=listed, python=sys.executable)))
     return study.out / "logs" / "study.json"
