@@ -176,7 +176,7 @@ class Unique(yaml.SafeLoader):
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")       # PyYAML alone reads 1e-3 as a text
 Unique.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
-
+# %% ../nbs/60_presets.ipynb #c17
 def read_yaml(path):
     "The fields of a YAML file; StudyError if it cannot be read or holds none."
     try: found = yaml.load(Path(path).read_text(encoding="utf-8"), Unique)
@@ -188,7 +188,7 @@ def read_yaml(path):
         raise StudyError(f"{path}: holds no fields; start from a copy of nbs/presets/quick.yaml")
     return found
 
-# %% ../nbs/60_presets.ipynb #c17
+# %% ../nbs/60_presets.ipynb #c18
 def preset_path(name):
     "The file of a preset, a name in nbs/presets or a path; StudyError if there is none."
     given = str(name).endswith((".yaml", ".yml"))
@@ -209,7 +209,7 @@ def merged(base, change):
             for key, value in change.items()}
     return {**base, **both}
 
-# %% ../nbs/60_presets.ipynb #c18
+# %% ../nbs/60_presets.ipynb #c19
 def read_chain(name, seen=()):
     "The fields of a preset file merged over those of the file it extends."
     path = preset_path(name)
@@ -220,7 +220,7 @@ def read_chain(name, seen=()):
     beside = path.parent / f"{parent}.yaml"
     return merged(read_chain(beside if beside.exists() else parent, (*seen, path)), given)
 
-# %% ../nbs/60_presets.ipynb #c19
+# %% ../nbs/60_presets.ipynb #c20
 def override(fields, text):
     "`fields` with one dotted override, such as `training.prior.steps=400`; the value is read as YAML."
     place, equals, value = text.partition("=")
@@ -231,7 +231,7 @@ def override(fields, text):
     for name in reversed(place.split(".")): change = {name: change}
     return merged(fields, change)
 
-# %% ../nbs/60_presets.ipynb #c20
+# %% ../nbs/60_presets.ipynb #c21
 def load_preset(name, overrides=()):
     "The checked settings of a preset with overrides, a `Preset`; StudyError names file, field and remedy."
     found = read_chain(name)

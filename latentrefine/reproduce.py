@@ -154,7 +154,7 @@ def with_needs(graph, targets):
 
 
 def planned(graph, name):
-    """What the Snakefile reads of a node. It waits for the nodes `after` without being stale when they are newer:
+    """What the Snakefile reads of a node. It waits for the nodes `after`, which do not make it stale when newer:
     the stories enter its key, so that a change of their table trains nothing."""
     node = graph[name]
     first = [need for need in node.needs if results().get(need, {}).get("first")]
