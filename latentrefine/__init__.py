@@ -8,7 +8,8 @@ __all__ = ["__version__", *_OFFERED]
 
 
 def __getattr__(name):
-    if name not in _OFFERED: raise AttributeError(f"latentrefine has no {name}; it offers {', '.join(_OFFERED)}")
+    if name not in _OFFERED:
+        raise AttributeError(f"latentrefine has no {name}; it offers {', '.join(_OFFERED)}")
     from importlib import import_module
     return getattr(import_module(f"latentrefine.{_OFFERED[name]}"), name)
 

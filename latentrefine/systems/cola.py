@@ -592,6 +592,6 @@ def open_cola(study): return Cola(study.encoder, load_cola(study.model("cola")))
 
 register_models(cola_models, ("cola_autoencoder", "cola", "cola_variants"), {"cola": ColaConfig})
 register_system(SystemEntry(
-    "Cola DLM", "peer", "a causal latent a token, and a prior that writes them block by block", open_cola,
+    "Cola DLM", "peer", "a causal latent per token and a prior that generates them block by block", open_cola,
     lambda preset: ("cola-autoencoder", "cola"), "Continuous Latent Diffusion Language Model",
     modes=("COND", "START"), colour="tab:brown", compared=True, uses=("draft", "seed")))

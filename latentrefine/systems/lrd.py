@@ -395,7 +395,7 @@ def register_masked(name, description, paper, config, colour):
     register_system(SystemEntry(name, "peer", description, opened, needs, paper, **shown))
 
 
-register_masked("masked diffusion", "a BERT that fills masked slots, one a network evaluation",
+register_masked("masked diffusion", "a BERT that fills masked slots, one per network evaluation",
                 "Simple and Effective Masked Diffusion Language Models", STANDARD_DECODING, "tab:purple")
 register_masked("LRD", "the same model with soft slots for undecided tokens and an early stop",
                 "Latent Refinement Decoding: Enhancing Diffusion-Based Language Models "
