@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'READING', 'TOLD_BY', 'SHOWN_BY', 'Node', 'digest_of', 'model_nodes', 'result_key', 'texts_of',
-           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'plan_of', 'engine',
+           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'stale', 'plan_of', 'engine',
            'due_nodes', 'follow', 'running_steps', 'targets_of', 'reproduce', 'stop', 'render']
 
 # %% ../nbs/67_reproduce.ipynb #c02
@@ -47,7 +47,6 @@ class Node:
 # %% ../nbs/67_reproduce.ipynb #c06
 def digest_of(*facts):
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
 
 # %% ../nbs/67_reproduce.ipynb #c07
 MODEL_FILES = ("config.json", "model.safetensors", "curve.csv")
@@ -159,10 +158,10 @@ def planned(graph, name):
                 key=node.key, alone=node.alone, module="notebooks" if node.notebook else "reproduce")
 
 # %% ../nbs/67_reproduce.ipynb #c17
-def drop_stale(study, node):
-    "Remove the mark of a finished node that was made under another key."
+def stale(study, node):
+    "Whether a node was finished under another key."
     done = study.out / node.done
-    if done.exists() and done.read_text(encoding="utf-8").strip() != node.key: done.unlink()
+    return done.exists() and done.read_text(encoding="utf-8").strip() != node.key
 
 
 def plan_of(study, targets):
@@ -170,7 +169,6 @@ def plan_of(study, targets):
     graph = nodes(study)
     due = with_needs(graph, targets)
     for name in due: write_text(study.out / "logs" / f"{name}.json", json.dumps(spec_of(study, graph[name])))
-    for name in due: drop_stale(study, graph[name])
     listed = [planned(graph, name) for name in due]
     write_text(study.out / "logs" / "study.json", json.dumps(dict(nodes=listed, python=sys.executable)))
     return study.out / "logs" / "study.json"
@@ -178,15 +176,17 @@ def plan_of(study, targets):
 # %% ../nbs/67_reproduce.ipynb #c18
 def engine(study, targets, cores, more=()):
     "The Snakemake command that brings targets up to date."
-    plan = plan_of(study, targets)
+    plan, graph = plan_of(study, targets), nodes(study)
+    asked = [graph[name] for name in with_needs(graph, targets)]
     jobs = [] if {"-j", "--jobs", "--cores", "-c"} & set(more) else ["--cores", str(cores)]
-    first = [f"logs/{name}.done" for name,
-             entry in results().items() if entry.get("long") and name in with_needs(nodes(study), targets)]
-    prioritize = ["--prioritize", *first] if first else []
+    long = [node.done for node in asked if results().get(node.name, {}).get("long")]
+    changed = [node.done for node in asked if stale(study, node)]
+    forced = ["--forcerun", *changed] if changed else []
+    prioritize = ["--prioritize", *long] if long else []
     return [sys.executable, "-m", "snakemake", "--snakefile", str(NOTEBOOKS / "Snakefile"), "--directory",
             str(study.out), *jobs,
             "--configfile", str(plan), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime",
-            "params", "input", *prioritize, *more]
+            "params", "input", *forced, *prioritize, *more]
 
 # %% ../nbs/67_reproduce.ipynb #c19
 def due_nodes(study, targets):
