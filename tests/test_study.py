@@ -142,13 +142,19 @@ READS_ALL_TRAINING = {"cosmos", "cola"}      # they train variants themselves
 
 
 def test_a_changed_setting_reruns_what_depends_on_it(whole, tmp_path):
-    "Nor does the place of the preset matter: the copy lies elsewhere. An override does the same."
+    """Nor does the place of the preset matter: the copy lies elsewhere. An override does the same.
+    Asking what is due changes nothing."""
     out, preset, _ = whole
+    def marks(): return {path: (path.read_text(), path.stat().st_mtime_ns) for path in (out / "logs").glob("*.done")}
+    before = marks()
     training = {**TINY["training"], "head": {**TINY["training"]["head"], "lr": 1e-3}}
     changed = write_preset(tmp_path / "tiny.yaml", preset, training=training)
     heads = {f"head-{kind}-32-p5-s1337" for kind in ("flow", "metric")}
     assert due(out, changed) == {*heads, *READS_HEADS, *READS_ALL_TRAINING, "report"}
     assert due(out, preset, overrides=["training.head.lr=1e-3"]) == due(out, changed)
+    words = ("reproduce", "training.head.lr=1e-3", "--preset", preset, "--out", out, "--", "--dry-run")
+    assert call(*words)[0] == 0 and len(marks()) > 50
+    assert marks() == before and not due(out, preset)
 
 
 def test_another_seed_trains_only_its_own_models(whole):
