@@ -116,9 +116,10 @@ def write_answer(result, headline=None, verdict="", **values):
 
 
 def headline(label, line, value="target_probability"):
-    "The headline of a result from a line of its table: value, interval, stories and seeds."
+    "The headline of a result from a line of its table: value, interval, stories, seeds; None without value."
     number = lambda name: float(line[name]) if name in line and pd.notna(line[name]) else None
     ends = dict(low=number(f"{value}_low"), high=number(f"{value}_high"))
+    if number(value) is None: return None
     whole = {name: int(line[name]) for name in ("n", "seeds") if name in line and pd.notna(line[name])}
     return dict(label=label, value=number(value), **ends, **{"n": None, "seeds": None, **whole})
 
