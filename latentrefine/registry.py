@@ -112,8 +112,8 @@ def entry_of(name):
     return SYSTEMS[name]
 
 # %% ../nbs/06_registry.ipynb #c18
-STUDY_MODULES = ("presets", "study", "measure", "report", "page", "refine", "evaluation", "reproduce",
-                 "command", "notebooks")
+STUDY_MODULES = ("presets", "study", "measure", "report", "page", "refine", "evaluation", "front",
+                 "reproduce", "command", "notebooks")
 
 
 @lru_cache

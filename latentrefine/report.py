@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'ANSWERS', 'FILTERS', 'columns', 'base_column', 'label_of', 'shown_number', 'shown_interval', 'narrow',
-           'plural', 'rendered', 'markdown_of', 'write_answer', 'headline', 'Result', 'colour_of', 'errorbar',
-           'lines_of', 'front_table', 'front_findings', 'front_systems', 'update_front']
+           'plural', 'rendered', 'meaning_of', 'markdown_of', 'write_answer', 'headline', 'Result', 'colour_of',
+           'errorbar']
 
 # %% ../nbs/63_report.ipynb #c02
 import json
 import re
 from functools import lru_cache
-from pathlib import Path
 
 import jinja2
 import pandas as pd
@@ -95,12 +94,18 @@ def rendered(template, values):
     return answer.strip(), limits.strip()
 
 # %% ../nbs/63_report.ipynb #c15
+def meaning_of(name):
+    "What a column holds."
+    meaning = columns()[base_column(name)]["meaning"]
+    return f"published value of: {meaning}" if name.endswith(" (report)") else meaning
+
+
 def markdown_of(shown, names):
     "A table of texts as Markdown, with the meanings of its columns."
     escaped = shown.map(lambda text: " ".join(text.split()).replace("|", "\\|"))
     body = escaped.to_markdown(index=False, disable_numparse=True)
     known = [name for name in names if base_column(name) in columns()]
-    meanings = [f"- **{label_of(name)}**: {columns()[base_column(name)]['meaning']}" for name in known]
+    meanings = [f"- **{label_of(name)}**: {meaning_of(name)}" for name in known]
     return f"{body}\n\n" + "\n".join(meanings) + "\n"
 
 # %% ../nbs/63_report.ipynb #c16
@@ -160,50 +165,3 @@ def errorbar(axis, x, frame, value="target_probability", **style):
     below, above = frame[value] - frame[f"{value}_low"], frame[f"{value}_high"] - frame[value]
     ends = [below.clip(0), above.clip(0)]
     return axis.errorbar(x, frame[value], ends, **{"marker": "o", "ms": 4, "capsize": 3, **style})
-
-# %% ../nbs/63_report.ipynb #c22
-def lines_of(table, wanted):
-    "The first line of a table that has the values of each dict in `wanted`, as a frame."
-    return pd.DataFrame([table[(table[list(where)] == pd.Series(where)).all(axis=1)].iloc[0]
-                         for where in wanted])
-
-
-def front_table(folder):
-    "The rows that results.yaml lists under `front`, as Markdown."
-    name, entry = next((name, entry) for name, entry in results().items() if "front" in entry)
-    rows = entry["front"]
-    table = pd.read_csv(Path(folder) / "tables" / f"{name}.csv")
-    frame = lines_of(table, [{**entry["front_where"], **row["where"]} for row in rows])
-    frame = frame.assign(system=[row["label"] for row in rows])
-    shown = narrow(frame, ("system", "target_probability", "top1", "ce", "n", "seeds"))
-    return shown.to_markdown(index=False, disable_numparse=True)
-
-# %% ../nbs/63_report.ipynb #c23
-def front_findings(folder):
-    "The first paragraph of each answer whose result is marked `finding` in results.yaml, as a Markdown list."
-    names = [name for name, entry in results().items() if entry.get("finding")]
-    said = [json.loads((Path(folder) / "answers" / f"{name}.json").read_text(encoding="utf-8"))
-            for name in names]
-    links = [f"[{one['name']}](nbs/results/{one['name']}.ipynb)" for one in said]
-    firsts = [" ".join(one["answer"].split("\n\n")[0].split()) for one in said]
-    return "\n".join(f"- {first} ({link})" for first, link in zip(firsts, links))
-
-# %% ../nbs/63_report.ipynb #c24
-def front_systems():
-    "The systems of the cross-system table, as a Markdown list."
-    shown = [entry for entry in SYSTEMS.values() if entry.compared]
-    return "\n".join(f"- **{entry.name}**: {entry.description}" for entry in shown)
-
-
-def update_front(path, folder):
-    "Write table, findings and systems between the marks of a Markdown file; returns its text."
-    text = Path(path).read_text(encoding="utf-8")
-    for name, part in dict(table=front_table(folder), findings=front_findings(folder),
-                           systems=front_systems()).items():
-        start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-        if start not in text or end not in text:
-            raise StudyError(f"{path}: no marks {start} and {end}; put them in")
-        before, after = text.split(start)[0], text.split(end)[1]
-        text = f"{before}{start}\n{part}\n{end}{after}"
-    write_text(path, text)
-    return text

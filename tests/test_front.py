@@ -6,7 +6,7 @@ import pytest
 
 from latentrefine.core import ROOT
 from latentrefine.registry import load_chapters
-from latentrefine.report import front_findings, front_systems, front_table
+from latentrefine.front import front_findings, front_systems, front_table
 
 CPU = ROOT / "outputs" / "cpu"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
