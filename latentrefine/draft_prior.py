@@ -154,7 +154,9 @@ def prior_name(preset, width, dropout, variant=""):
 def train_prior_of(study, folder, width, dropouts, section="prior", rewrite=None):
     "Train a DraftPrior of a study on drafts at the rates `dropouts`; returns its curve."
     config = DraftPriorConfig(width, **study.sizes("prior"))
-    parts = (study.corpus(), study.encoder, open_autoencoder(study, width))
+    shared = section == "prior" and rewrite is None            # other models are trained on the same drafts
+    encoder = study.cached_encoder if shared else study.encoder
+    parts = (study.corpus(), encoder, open_autoencoder(study, width))
     return train_prior(*parts, config, tuple(dropouts), study.training(section), folder, rewrite)[1]
 
 # %% ../nbs/21_draft_prior.ipynb #c28

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINILM_SHA256', 'LAYERS', 'minilm_folder', 'check_encoder', 'check_model_type', 'read_encoder', 'Encoder', 'encode',
-           'change_layers', 'load_encoder', 'embed_texts', 'CachingEncoder', 'data_digest', 'clean_hidden',
-           'write_clean_hidden', 'Corpus']
+           'change_layers', 'load_encoder', 'embed_texts', 'CachingEncoder', 'write_checked', 'read_checked',
+           'data_digest', 'clean_hidden', 'write_clean_hidden', 'Corpus']
 
 # %% ../nbs/03_encoder.ipynb #c02
 import hashlib
@@ -154,22 +154,40 @@ def embed_texts(encoder, texts, size=64):
 
 # %% ../nbs/03_encoder.ipynb #c18
 class CachingEncoder:
-    "An encoder that keeps the states of every batch that it has encoded, in memory."
-    def __init__(self, encoder): self.encoder, self.cache = encoder, {}
+    "An encoder that keeps the states of every batch that it has encoded in `folder`, in half precision."
+    def __init__(self, encoder, folder): self.encoder, self.folder = encoder, Path(folder)
 
     def __getattr__(self, name): return getattr(self.encoder, name)
 
     def with_layers(self, layers):
-        "As `Encoder.with_layers`; other layers have a cache of their own."
-        return self if layers == self.layers else CachingEncoder(self.encoder.with_layers(layers))
+        "As `Encoder.with_layers`; the states of other layers have files of their own."
+        if layers == self.layers: return self
+        return CachingEncoder(self.encoder.with_layers(layers), self.folder)
 
     def hidden(self, *slots):
-        "As `Encoder.hidden`."
-        key = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in slots)).digest()
-        if key not in self.cache: self.cache[key] = self.encoder.hidden(*slots)
-        return self.cache[key]
+        "As `Encoder.hidden`, with states rounded to half precision."
+        facts = self.digest.encode() + self.precision.encode()
+        key = hashlib.sha256(facts + b"".join(t.cpu().numpy().tobytes() for t in slots)).hexdigest()
+        path, shape = self.folder / f"{key[:40]}.states", (len(slots[0]), -1, self.width)
+        data = read_checked(path)
+        if data is None:
+            data = self.encoder.hidden(*slots).cpu().numpy().astype("<f2").tobytes()
+            write_checked(path, data)
+        return torch.from_numpy(np.frombuffer(data, "<f2").reshape(shape).astype("f4")).to(device())
 
-# %% ../nbs/03_encoder.ipynb #c25
+# %% ../nbs/03_encoder.ipynb #c19
+def write_checked(path, data):
+    "Write bytes behind their SHA-256, atomically."
+    with writing(path) as scratch: scratch.write_bytes(hashlib.sha256(data).digest() + data)
+
+
+def read_checked(path):
+    "The bytes that `write_checked` wrote; None if the file is absent or damaged."
+    try: whole = path.read_bytes()
+    except OSError: return None
+    return whole[32:] if hashlib.sha256(whole[32:]).digest() == whole[:32] else None
+
+# %% ../nbs/03_encoder.ipynb #c27
 def data_digest(batch):
     "SHA-256 of the stories of a batch: prompt and target ids and masks."
     digest = hashlib.sha256()
@@ -192,7 +210,7 @@ def clean_hidden(encoder, batch, folder, size=64):
         raise StudyError(f"{path}: holds {table.shape}, expected {shape}; delete it and run again")
     return table
 
-# %% ../nbs/03_encoder.ipynb #c26
+# %% ../nbs/03_encoder.ipynb #c28
 def write_clean_hidden(encoder, batch, path, shape, size):
     "Write the clean states of `batch`, an array of `shape`, to `path` atomically, `size` stories at a time."
     with writing(path) as scratch, scratch.open("wb") as file:
@@ -201,7 +219,7 @@ def write_clean_hidden(encoder, batch, path, shape, size):
             states = encoder.hidden(part.prompt_ids, part.prompt_mask, part.target_ids, part.target_mask)
             file.write(states.cpu().numpy().astype("<f2").tobytes())
 
-# %% ../nbs/03_encoder.ipynb #c30
+# %% ../nbs/03_encoder.ipynb #c32
 @dataclass(frozen=True)
 class Corpus:
     "Clean stories (a Batch) and their states [stories, 64, width]."

@@ -26,7 +26,7 @@ from .basin import error_directions, half_radius, power_iteration_directions
 from .basin import probability_along, random_directions
 from .core import StudyError, generator, provenance, save_rows
 from .drafts import clean_batch, with_drafts
-from .encoder import CachingEncoder, embed_texts
+from .encoder import embed_texts
 from .measure import measure, row_of
 from .recoverability import Recoverability
 from .refine import TextRefiner, own_system, read_drafts, refiner_of, run_system
@@ -138,7 +138,7 @@ def evaluate(study, source, dropout=MAIN_RATE, name="re-aligned", limit=None, st
     if not 0 <= dropout <= 1:
         raise StudyError(f"dropout {dropout}: a rate between 0 and 1 is needed, such as 0.05")
     own = named_own_system(name) if ".py" in name else {}
-    study.encoder = CachingEncoder(study.encoder)
+    study.encoder = study.cached_encoder
     systems = compared_systems(study, "re-aligned" if own else name, dropout)
     systems.update(own)
     stories, left_out, skipped = unseen_stories(study, source, limit, strict)

@@ -228,7 +228,7 @@ def train_flow_of(study, folder, dropout, with_metric):
     width = study.full
     metric = MetricConfig(width, **study.sizes("metric")) if with_metric else None
     prior = load_prior(study.model(prior_name(study.preset, width, dropout)), width=width)
-    parts = (study.corpus(), study.encoder, open_autoencoder(study), prior)
+    parts = (study.corpus(), study.cached_encoder, open_autoencoder(study), prior)
     config, training = FlowConfig(width, **study.sizes("flow")), study.training("flow")
     return train_flow(*parts, config, metric, (dropout,), training, folder)[-1]
 

@@ -329,13 +329,14 @@ def head_name(width, dropout, with_metric=False):
 
 def train_head_of(study, folder, with_metric):
     "Train an auxiliary head of a study at 5 %; returns its curve."
+    study.encoder = study.cached_encoder      # the drafts are those on which the flow was trained
     system = open_report(study, "metric + OT" if with_metric else "local flow")
     config, steps = ReadoutConfig(study.full, **study.sizes("head")), system.flow.config.train_steps
     def refined(batch): return system.latents(batch, steps)[1]
     training = study.training("head")
     return train_head(study.corpus(), system.autoencoder, refined, config, (MAIN_RATE,), training, folder)[1]
 
-
+# %% ../nbs/30_refiner.ipynb #c37
 def head_models(preset):
     "The auxiliary heads of a preset."
     at, shared = (preset.widths[0], MAIN_RATE), ("head", train_head_of, "head", ("head", "flow"))
@@ -347,7 +348,7 @@ def head_models(preset):
 
 register_models(head_models, ("head",), {"head": ReadoutConfig})
 
-# %% ../nbs/30_refiner.ipynb #c37
+# %% ../nbs/30_refiner.ipynb #c38
 WITH_METRIC = ("metric + OT", "full")
 WITH_HEAD = ("fused readout", "full")
 
@@ -365,8 +366,7 @@ def report_models(preset, name, width=None, dropout=MAIN_RATE):
     names.append(flow_name(width, dropout, metric))
     return [*names, head_name(width, dropout, metric)] if name in WITH_HEAD else names
 
-
-# %% ../nbs/30_refiner.ipynb #c38
+# %% ../nbs/30_refiner.ipynb #c39
 def open_report(study, name, width=None, dropout=MAIN_RATE):
     "A system of the report, assembled from the study's models at a width and a rate."
     width = width or study.full
@@ -382,7 +382,7 @@ def open_report(study, name, width=None, dropout=MAIN_RATE):
         system = replace(system, head=head, head_weight=head_weight)
     return system
 
-# %% ../nbs/30_refiner.ipynb #c39
+# %% ../nbs/30_refiner.ipynb #c40
 REPORT = "When Latent Geometry Is Not Enough (the report)"
 
 
@@ -407,7 +407,7 @@ register_report("fused readout", "the local flow, decoded by the decoder and a s
 register_report("full", "metric + OT with the fused readout: the report's whole system", colour="tab:red",
                 compared=True)
 
-# %% ../nbs/30_refiner.ipynb #c40
+# %% ../nbs/30_refiner.ipynb #c41
 def open_gaussian(study):
     "The Gaussian-start system of a study, at full width."
     flow, _ = load_flow(study.model(f"gaussian-{study.full}"), width=study.full)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,10 +26,11 @@ from tqdm.auto import tqdm
 from .core import ROOT, StudyError, write_text
 from .measure import code_cells, code_digest, nodes_for, published_named, results
 from .measure import imports_of, settings_digest, systems_of
-from .notebooks import NOTEBOOKS, die_with_parent, lock, run_node
+from .notebooks import NOTEBOOKS, lock, run_node
 from .page import write_page
 from .registry import models_of
-from .study import SOURCES
+from .study import DRAFT_STATES, SOURCES
+from .workers import die_with_parent, workers
 
 # %% ../nbs/67_reproduce.ipynb #c05
 @dataclass(frozen=True)
@@ -259,16 +261,17 @@ def reproduce(study, names, cores, more=()):
     with lock(study.out / "logs" / "study.lock", str(study.out)), dry:
         log, command = study.out / "logs" / "study.log", engine(study, targets, cores, more)
         for left in log.parent.glob("*.progress"): left.unlink()       # of nodes that were killed
-        with log.open("w") as handle:
+        with log.open("w") as handle, workers(handle) as environment:
             process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, close_fds=False,
-                                       preexec_fn=die_with_parent)
-        try: text = follow(process, log)
-        except KeyboardInterrupt:
-            stop(process)
-            raise
+                                       env=environment, preexec_fn=die_with_parent)
+            try: text = follow(process, log)
+            except KeyboardInterrupt:
+                stop(process)
+                raise
     if process.returncode:
         reasons = dict.fromkeys(re.findall(r"^latentrefine: error: (.*)$", text, re.M))
         raise StudyError("\n".join(reasons) or f"the study stopped; the reason is in {log}")
+    shutil.rmtree(study.out / DRAFT_STATES, ignore_errors=True)
     return None if "Nothing to be done" in text else time.monotonic() - began
 
 # %% ../nbs/67_reproduce.ipynb #c23

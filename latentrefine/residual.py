@@ -70,7 +70,7 @@ def train_residual_of(study, folder):
     "Train the bounded residual of a study at 5 %; returns its curve."
     width = study.full
     prior = load_prior(study.model(prior_name(study.preset, width, MAIN_RATE)), width=width)
-    parts = (study.corpus(), study.encoder, open_autoencoder(study), prior)
+    parts = (study.corpus(), study.cached_encoder, open_autoencoder(study), prior)
     config, training = ResidualConfig(width, **study.sizes("residual")), study.training("residual")
     return train_residual(*parts, config, (MAIN_RATE,), training, folder)[1]
 

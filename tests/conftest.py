@@ -10,6 +10,18 @@ from pathlib import Path
 import pytest
 
 
+# What takes longest comes first: with two processes, neither waits long for the other at the end.
+LONGEST = ("test_study", "test_notebooks", "test_systems", "test_plugin", "test_chapters", "test_scale", "test_input")
+
+
+def pytest_configure(config): config.option.loadscopereorder = False       # keep this order, not that of the numbers of tests
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     "The folder of an untrained BERT with masked-language head, 32 wide and 2 layers deep, with the bert-base-uncased vocabulary."
