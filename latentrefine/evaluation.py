@@ -29,7 +29,7 @@ from .drafts import clean_batch, with_drafts
 from .encoder import embed_texts
 from .measure import measure, row_of
 from .recoverability import Recoverability
-from .refine import TextRefiner, own_system, read_drafts, refiner_of, run_system
+from .refine import TextRefiner, as_refiner, own_system, read_drafts, refiner_of, run_system
 from .refiner import oracle
 from .registry import MAIN_RATE, draft_rates, entry_of, percent
 from .report import narrow
@@ -38,7 +38,7 @@ from .report import narrow
 from .stories import from_slots, read_stories, slot_stories
 
 # %% ../nbs/66_evaluation.ipynb #c04
-from .study import EVALUATION_SEED, SOURCES, steps_of
+from .study import EVALUATION_SEED, SOURCES
 from .textmetrics import mauve_score
 
 # %% ../nbs/66_evaluation.ipynb #c07
@@ -128,8 +128,7 @@ def opened_at(study, name, dropout):
     one that is trained a rate at a time is opened at the nearest rate, the report's if it has none."""
     if ".py" in name or entry_of(name).rates != "each" or dropout not in study.preset.dropouts:
         return refiner_of(study, name)
-    system = entry_of(name).open(study, dropout=dropout)
-    return TextRefiner(system, steps_of(study, system), None if system.vocabulary == "all" else study.kept)
+    return as_refiner(study, entry_of(name).open(study, dropout=dropout))
 
 # %% ../nbs/66_evaluation.ipynb #c12
 def evaluate(study, source, dropout=MAIN_RATE, name="re-aligned", limit=None, strict=False):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CARD', 'Refined', 'checked', 'check_texts', 'keep_unknown', 'describe', 'TextRefiner', 'refine_texts',
-           'offered_entry', 'refiner_of', 'own_system', 'load', 'run_system', 'file_digests', 'save_pretrained',
-           'read_note', 'saved_encoder', 'from_pretrained', 'read_drafts', 'refine_file', 'widget', 'refine_command',
-           'refine_drafts_command']
+           'offered_entry', 'as_refiner', 'refiner_of', 'own_system', 'load', 'run_system', 'file_digests',
+           'save_pretrained', 'read_note', 'saved_encoder', 'from_pretrained', 'read_drafts', 'refine_file', 'widget',
+           'refine_command', 'refine_drafts_command']
 
 # %% ../nbs/65_refine.ipynb #c02
 import hashlib
@@ -149,14 +149,19 @@ def offered_entry(name):
     raise StudyError(f"system {name}: it is for the study's tables alone; choose from {known}")
 
 
-def refiner_of(study, name):
-    "A `TextRefiner` for a system of the registry, or the object that FILE.py:FUNCTION returns."
-    if ".py" in str(name): return own_system(name)
-    system = offered_entry(name).open(study)
+def as_refiner(study, system, facts=None):
+    "An open system as a `TextRefiner`; without `slot_logits` it has `refine` of its own and stays as it is."
+    if not hasattr(system, "slot_logits"): return system
     kept = None if system.vocabulary == "all" else study.kept
+    return TextRefiner(system, steps_of(study, system), kept, facts)
+
+
+def refiner_of(study, name):
+    "A system of the registry as a refiner, or the object that FILE.py:FUNCTION returns."
+    if ".py" in str(name): return own_system(name)
     facts = dict(preset=study.preset_name, stories=Path(study.source).name, seed=study.seed,
                  overrides=list(study.overrides))
-    return TextRefiner(system, steps_of(study, system), kept, facts)
+    return as_refiner(study, offered_entry(name).open(study), facts)
 
 # %% ../nbs/65_refine.ipynb #c14
 def own_system(spec):

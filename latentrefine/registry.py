@@ -59,7 +59,7 @@ class SystemEntry:
     name: str
     family: str                   # one of FAMILIES
     description: str              # one line, for README and `--help`
-    open: Callable                # open(study, **options) -> System
+    open: Callable                # open(study, **options) -> System, or an object with `refine`
     needs: Callable               # needs(preset) -> names of models
     paper: str = ""               # citation of its source
     modes: tuple = ("START",)     # how a draft enters; the first is the default

@@ -1,9 +1,11 @@
-"""A system added from outside, in one file: it is trained, scored, put into the cross-system table and called from
-the command line, and nothing else of the study is touched."""
+"""Systems added from outside, in one file: one with slot-wise logits and models of its own, one with texts alone. They are
+trained, scored, put into the cross-system table and called from the command line, and nothing else of the study is touched."""
 import json
+import math
 import re
 import shutil
 
+import pandas as pd
 import pytest
 from commands import as_file, call, refused
 
@@ -48,6 +50,12 @@ def toy_models(preset): return [Model("toy", "toy", train_toy, "toy")]
 register_models(toy_models, {"toy": dict(steps=2, batch=4)})
 register_system(SystemEntry("toy", "baseline", "the draft with one learned confidence", open_toy,
                             needs=lambda preset: ("toy",), compared=True))
+
+class Echo:
+    def refine(self, prompts, drafts, seed): return ["so " + draft for draft in drafts]
+
+register_system(SystemEntry("echo", "baseline", "one word, then the draft", lambda study: Echo(),
+                            needs=lambda preset: (), rates="none", compared=True))
 '''
 
 
@@ -109,6 +117,15 @@ def test_called_and_scored(out, trained, tiny_preset, plugin, tmp_path):
     assert row["system"] == "toy" and 0 < row["target_probability"] < 1 and row["nfe"] == 1
 
 
+def test_texts_alone_are_called_and_scored(out, trained, tiny_preset, plugin, tmp_path):
+    words = plugin, "--preset", tiny_preset, "--out", out, "--system", "echo"
+    code, said, err = call("refine", *words, "--prompt", "Ann went out.", "--draft", "she lost her umbrella.")
+    assert code == 0 and said.strip() == "so she lost her umbrella.", err
+    given = as_file(tmp_path / "mine.jsonl", trained.splits["test"][:4])
+    code, said, err = call("evaluate", *words, "--stories", given, "--dropout", "0.1")
+    assert code == 0 and re.search(r"^\| echo ", said, re.M), err
+
+
 def test_in_the_cross_system_table(out, tiny_preset, plugin):
     parameters = dict(preset=tiny_preset, out=str(out), seed=1337, seeds=1, overrides=[plugin])
     run_node("systems", "results/systems.ipynb", parameters, out)
@@ -121,6 +138,23 @@ def test_in_the_cross_system_table(out, tiny_preset, plugin):
     assert ["toy"] == [record[0] for record in answer["records"] if record[0] == "toy"]
     others = {entry.name for entry in registry.SYSTEMS.values() if entry.compared}
     assert others <= {record[0] for record in answer["records"]}
+
+
+TEXT_METRICS = ("aligned_accuracy", "exact_match", "edits_to_target", "edits_to_draft", "ppl", "ms_at_one", "ms_at_many")
+
+
+def test_texts_alone_have_a_row_there(out):
+    "Of the notebook that the test above has run: text metrics, and blanks for slot-wise ones."
+    table = pd.read_csv(out / "tables" / "systems.csv")
+    line, = table[table.system == "echo"].to_dict("records")
+    assert (line["mode"], line["draft"], line["dropout"], line["n"]) == ("START", "drop", .05, 2)
+    assert all(math.isfinite(line[name]) for name in TEXT_METRICS) and line["exact_match"] == 0 < line["edits_to_draft"] < .5
+    assert all(math.isnan(line[name]) for name in ("target_probability", "top1", "ce", "over_no_op", "run_parameters"))
+    toy = table[(table.system == "toy") & (table.draft == "drop") & (table.dropout == .05)].iloc[0]
+    assert toy["edits_to_draft"] == 0 and 0 < toy["aligned_accuracy"] <= 1      # for slot-wise systems as well
+    answer = json.loads((out / "answers" / "systems.json").read_text())
+    shown, = (record for record in answer["records"] if record[0] == "echo")
+    assert shown[2:6] == ["-"] * 4 and "echo" not in answer["answer"]
 
 
 def test_a_library_call_knows_it_too(out, tiny_preset, plugin):
