@@ -9,8 +9,8 @@ __all__ = ['NOT_SIZES', 'TARGET_LENGTH', 'KEEP_LENGTH', 'PUBLISHED', 'MAUVE', 'T
            'missing_columns', 'over_seeds', 'add_intervals', 'add_gain', 'verdict', 'published', 'beside_published',
            'text_row', 'scoring_of', 'TextEvaluator', 'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used',
            'reached', 'modules_of', 'code_digest', 'published_named', 'imports_of', 'settings_digest', 'results',
-           'systems_of', 'models_for', 'nodes_for', 'models_digest', 'executed_cells', 'measuring_digest', 'measured',
-           'recorded_digest', 'save_scores', 'load_scores']
+           'systems_of', 'results_of', 'models_for', 'nodes_for', 'models_digest', 'executed_cells', 'measuring_digest',
+           'measured', 'recorded_digest', 'save_scores', 'load_scores']
 
 # %% ../nbs/62_measure.ipynb #c02
 import ast
@@ -75,7 +75,8 @@ def measure(logits_of, batch, states=None, project=None):
     return {**result, **latent_geometry(torch.cat(latents), real, batch.target_mask)}, scores
 
 # %% ../nbs/62_measure.ipynb #c09
-NOT_SIZES = ("stories", "encoder", "precision", "seeds", "gpt2", "timing_batches", "claim_widths", "plugins")
+NOT_SIZES = ("stories", "encoder", "precision", "seeds", "families", "gpt2", "timing_batches", "claim_widths",
+             "plugins")
 TARGET_LENGTH = "the target's"                 # `length` of rows whose drafts keep it, and of bounds
 KEEP_LENGTH = ("mask", "replace", "swap")      # corruption types whose drafts are as long as their targets
 
@@ -379,26 +380,33 @@ def results():
     return {entry["name"]: entry for entry in entries}
 
 
-def systems_of(entry):
-    """Entries of the systems that a result opens:
-    by name, by `family:NAME`, or `compared`, those of the cross-system table."""
+def systems_of(entry, preset=None):
+    """Entries of the systems that a result opens: by name, by `family:NAME`,
+    or `compared`, those of the cross-system table; of the preset's families if it is given."""
     asked = entry.get("systems", [])
     def wanted(system):
         named = system.name in asked or f"family:{system.family}" in asked
-        return named or "compared" in asked and system.compared
+        left_out = preset and system.family not in preset.families
+        return named or "compared" in asked and system.compared and not left_out
     unknown = [name for name in asked if name not in SYSTEMS and name != "compared"
                and not name.startswith("family:")]
     if unknown: raise ValueError(f"results.yaml, {entry['name']}: no system {', '.join(unknown)}")
     return [system for system in SYSTEMS.values() if wanted(system)]
 
 # %% ../nbs/62_measure.ipynb #c36
+def results_of(preset):
+    "The results of a preset: all but those that name a system of a family that the preset leaves out."
+    return {name: entry for name, entry in results().items()
+            if all(system.family in preset.families for system in systems_of(entry, preset))}
+
+# %% ../nbs/62_measure.ipynb #c37
 def models_for(preset, entry):
     "Names of the models that a result loads."
     groups, models = entry.get("models", []), models_of(preset)
-    needed = [name for system in systems_of(entry) for name in system.needs(preset)]
+    needed = [name for system in systems_of(entry, preset) for name in system.needs(preset)]
     return list(dict.fromkeys([*needed, *(name for name, model in models.items() if model.group in groups)]))
 
-# %% ../nbs/62_measure.ipynb #c37
+# %% ../nbs/62_measure.ipynb #c38
 def nodes_for(study, entry):
     """Names of the training runs that a result needs:
     its models at every seed, or at the first if it says `seeds: first`."""
@@ -415,7 +423,7 @@ def models_digest(study, entry):
         return json.loads(path.read_text(encoding="utf-8")).get("sha256") if path.exists() else "missing"
     return {name: digest(name) for name in nodes_for(study, entry)}
 
-# %% ../nbs/62_measure.ipynb #c39
+# %% ../nbs/62_measure.ipynb #c40
 FROM_OUTSIDE = ("preset", "stories", "out", "seed", "seeds", "overrides", "study")     # not part of the code
 
 
@@ -429,14 +437,14 @@ def measuring_digest(study, entry, measure):
     "The digest that the rows of a result carry."
     cells = executed_cells() or [inspect.getsource(inspect.getmodule(measure))]
     source = "\n".join(reached(cells, measure.__name__, FROM_OUTSIDE))
-    systems, seeds = systems_of(entry), 1 if entry.get("seeds") == "first" else study.seeds
+    systems, seeds = systems_of(entry, study.preset), 1 if entry.get("seeds") == "first" else study.seeds
     code = code_digest(source), code_digest(imports_of([system.open for system in systems]))
     read = {name: recorded_digest(study.out / "tables" / f"{name}.json") for name in entry.get("results", [])}
     facts = [*code, [system.name for system in systems], published_named(source), models_digest(study, entry),
              settings_digest(study, entry.get("settings", []), seeds), read]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/62_measure.ipynb #c40
+# %% ../nbs/62_measure.ipynb #c41
 def measured(study, name, measure):
     """The wide table of the result `name`, measured unless its rows carry the digest of this measurement.
     `measure(study)` returns (rows, table) or (rows, table, scores): lists of `Recoverability` by key."""
@@ -458,7 +466,7 @@ def recorded_digest(path):
     try: return load_rows(path)[0].get("digest") if there else None
     except (StudyError, IndexError, AttributeError): return None
 
-# %% ../nbs/62_measure.ipynb #c41
+# %% ../nbs/62_measure.ipynb #c42
 def save_scores(path, scores):
     "Write per-story sums of scores, [stories, scores and valid slots], a named array for each key and seed."
     arrays = {f"{'|'.join(map(str, key))}|{number}": one.sums.numpy().astype("float32")

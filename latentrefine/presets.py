@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from .core import ROOT, TARGET_SLOTS, StudyError
-from .registry import MAIN_RATE, SIZES, TRAINING, load_chapters, load_plugin
+from .registry import FAMILIES, MAIN_RATE, SIZES, TRAINING, load_chapters, load_plugin
 from .training import Training
 
 # %% ../nbs/60_presets.ipynb #c05
@@ -55,6 +55,7 @@ class Preset(BaseModel):
     shared_prior: Flag
     flow_steps: Annotated[Whole, Field(ge=0, le=10_000)]
     seeds: Annotated[Whole, Field(ge=1, le=1000)]
+    families: Annotated[list[Literal[FAMILIES]], Field(min_length=1)]
     samples: Annotated[Whole, Field(ge=2)]
     peer_stories: Annotated[Whole, Field(ge=2)]
     gpt2: str

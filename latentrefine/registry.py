@@ -113,7 +113,7 @@ def entry_of(name):
 
 # %% ../nbs/06_registry.ipynb #c18
 STUDY_MODULES = ("presets", "study", "measure", "report", "page", "refine", "evaluation", "front",
-                 "reproduce", "command", "notebooks")
+                 "reproduce", "command", "notebooks", "workers")
 
 
 @lru_cache

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .core import ROOT, StudyError, write_text
 from .measure import code_cells, code_digest, nodes_for, published_named, results
-from .measure import imports_of, settings_digest, systems_of
+from .measure import imports_of, results_of, settings_digest, systems_of
 from .notebooks import NOTEBOOKS, lock, run_node
 from .page import write_page
 from .registry import models_of
@@ -78,7 +78,7 @@ def result_key(study, name, made):
     "The digest of everything a result depends on but its needs; `made`: the results that its notebook makes."
     entry, found = results()[name], [NOTEBOOKS / "answers" / f"{one}.md.j2" for one in made]
     code = "\n".join(code_cells(NOTEBOOKS / "results" / f"{name}.ipynb"))
-    code += "\n" + imports_of([system.open for system in systems_of(entry)])
+    code += "\n" + imports_of([system.open for system in systems_of(entry, study.preset)])
     seeds = 1 if entry.get("seeds") == "first" or entry.get("first") else study.seeds
     settings = settings_digest(study, entry.get("settings", []), seeds)
     templates = texts_of([path for path in found if path.exists()])
@@ -96,9 +96,10 @@ def texts_of(files): return [path.read_text(encoding="utf-8") for path in files]
 def result_nodes(study):
     "Nodes that make the results of a study; a notebook that makes two results is one node."
     nodes, shared = [], [model.name for model in models_of(study.preset).values() if model.shared]
-    for name, entry in results().items():
+    listed = results_of(study.preset)
+    for name, entry in listed.items():
         if entry.get("notebook", name) != name: continue
-        made = [one for one, other in results().items() if other.get("notebook", one) == name]
+        made = [one for one, other in listed.items() if other.get("notebook", one) == name]
         first = bool(entry.get("first"))
         once = first or entry.get("seeds") == "first"
         parameters = dict(seed=study.seed) if once else dict(seed=study.seed, seeds=study.seeds)
@@ -115,7 +116,7 @@ def nodes(study):
     "All nodes of a study by name; the last, `report`, writes the page."
     made = [*model_nodes(study), *result_nodes(study)]
     needs = tuple(node.name for node in made if node.notebook.startswith("results/"))
-    page = Node("report", "", {}, needs, ("report.html",), digest_of(results(), texts_of(SHOWN_BY)))
+    page = Node("report", "", {}, needs, ("report.html",), digest_of(needs, results(), texts_of(SHOWN_BY)))
     return {node.name: node for node in [*made, page]}
 
 # %% ../nbs/67_reproduce.ipynb #c14
@@ -129,14 +130,15 @@ def spec_of(study, node):
     parameters = {**common, **node.parameters}
     title = f"latentrefine, preset {study.preset_name}" + "".join(f", {one}" for one in study.overrides)
     spec = dict(name=node.name, notebook=node.notebook, parameters=parameters, out=str(study.out))
-    return spec if node.notebook else dict(out=str(study.out), title=title)
+    if node.notebook: return spec
+    return dict(out=str(study.out), title=title, results=list(results_of(study.preset)))
 
 
 def main(spec):
     "Write the page of the study that a JSON file describes; returns the exit code."
     die_with_parent()
     node = json.loads(Path(spec).read_text(encoding="utf-8"))
-    try: write_page(Path(node["out"]), node["title"], list(results().values()))
+    try: write_page(Path(node["out"]), node["title"], [results()[name] for name in node["results"]])
     except (StudyError, OSError) as error:
         print(f"latentrefine: error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -285,7 +287,7 @@ def stop(process):
 def render(study, names=()):
     "Run the result notebooks of measured results without measuring, then write the page; returns the names."
     measured = [name for name,
-                entry in results().items() if entry.get("notebook", name) == name
+                entry in results_of(study.preset).items() if entry.get("notebook", name) == name
                 and (study.out / "tables" / f"{name}.csv").exists()]
     unknown = [name for name in names if name not in measured]
     if unknown or not measured:
@@ -296,7 +298,8 @@ def render(study, names=()):
     try:
         for name in tqdm(names or measured, desc="rendering", unit="notebook"):
             run_node(**spec_of(study, graph[name]))
-        write_page(study.out, f"latentrefine, preset {study.preset_name}", list(results().values()))
+        shown = list(results_of(study.preset).values())
+        write_page(study.out, f"latentrefine, preset {study.preset_name}", shown)
     finally: del os.environ["LATENTREFINE_RENDER_ONLY"]
     return list(names) or measured
 
