@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'COMMANDS', 'Defaults', 'shared_options', 'add_reproduce', 'add_refine', 'add_system', 'add_evaluate',
-           'parser', 'split_words', 'absolute', 'absolute_plugins', 'study_of', 'do_reproduce', 'do_render', 'do_plan',
-           'do_tables', 'do_refine', 'do_evaluate', 'main']
+           'add_benchmark', 'parser', 'split_words', 'absolute', 'absolute_plugins', 'study_of', 'do_reproduce',
+           'do_render', 'do_plan', 'do_tables', 'do_refine', 'do_evaluate', 'do_benchmark', 'main']
 
 # %% ../nbs/68_command.ipynb #c02
 import argparse
@@ -100,6 +100,15 @@ def add_evaluate(command):
     add_system(one)
 
 # %% ../nbs/68_command.ipynb #c10
+def add_benchmark(command):
+    one = command("benchmark",
+                  "Time a training step of every model and a call of every system, as a share of "
+                  "the processor's matrix-product peak.")
+    one.add_argument("settings", nargs="*", metavar="FIELD=VALUE",
+                     help="overrides, such as sizes.prior.layers=2")
+    one.add_argument("--write", default="", metavar="FILE", help="write the table as CSV")
+
+# %% ../nbs/68_command.ipynb #c11
 def parser():
     "The argument parser of `latentrefine`."
     main = argparse.ArgumentParser("latentrefine", epilog=EXAMPLES,
@@ -111,10 +120,10 @@ def parser():
     def command(name, text):
         return commands.add_parser(name, help=text, description=text, parents=[shared],
                                    formatter_class=Defaults)
-    for add in (add_reproduce, add_refine, add_evaluate): add(command)
+    for add in (add_reproduce, add_refine, add_evaluate, add_benchmark): add(command)
     return main
 
-# %% ../nbs/68_command.ipynb #c12
+# %% ../nbs/68_command.ipynb #c13
 def split_words(words):
     "(targets, overrides) of positional words: an override holds `=`."
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
@@ -127,7 +136,7 @@ def absolute(path, names=()):
     except (RuntimeError, ValueError) as error:
         raise StudyError(f"{path}: not a path ({error}); give one without ~USER") from error
 
-# %% ../nbs/68_command.ipynb #c13
+# %% ../nbs/68_command.ipynb #c14
 def absolute_plugins(override):
     "An override of `plugins` with paths taken from where the command was called; any other as it is."
     if not override.startswith("plugins="): return override
@@ -151,7 +160,7 @@ def study_of(given, overrides, own_stories=True):
     own = [absolute_plugins(one) for one in overrides]
     return Study(preset, stories if own_stories else "", absolute(given.out), given.seed, given.seeds, own)
 
-# %% ../nbs/68_command.ipynb #c14
+# %% ../nbs/68_command.ipynb #c15
 def do_reproduce(given, more):
     from latentrefine.reproduce import reproduce
     if given.cores < 1: raise StudyError(f"--cores {given.cores}: at least 1 is needed")
@@ -168,7 +177,7 @@ def do_render(given, more):
     study = study_of(given, ())
     print(f"{', '.join(render(study, given.targets))} rendered; open {study.out / 'report.html'}")
 
-# %% ../nbs/68_command.ipynb #c15
+# %% ../nbs/68_command.ipynb #c16
 def do_plan(given, more):
     from latentrefine.reproduce import due_nodes, nodes, targets_of
     targets, overrides = split_words(given.targets)
@@ -178,7 +187,7 @@ def do_plan(given, more):
     for name, node in graph.items(): print(f"{'due ' if name in due else '    '} {name:40} {node.notebook}")
     print(f"{len(due)} of {len(graph)} nodes are due")
 
-# %% ../nbs/68_command.ipynb #c16
+# %% ../nbs/68_command.ipynb #c17
 def do_tables(given, more):
     study = study_of(given, ())
     folder = study.out / "tables"
@@ -201,11 +210,17 @@ def do_evaluate(given, more):
     from latentrefine.evaluation import evaluate_command
     evaluate_command(study_of(given, given.settings, own_stories=False), given)
 
-# %% ../nbs/68_command.ipynb #c17
-COMMANDS = dict(reproduce=do_reproduce, render=do_render, plan=do_plan, tables=do_tables, refine=do_refine,
-                evaluate=do_evaluate)
-
 # %% ../nbs/68_command.ipynb #c18
+def do_benchmark(given, more):
+    from latentrefine.benchmark import benchmark_command
+    study = study_of(given, given.settings, own_stories=False)      # checks preset and overrides
+    benchmark_command(study.preset_path, study.overrides, given.write)
+
+# %% ../nbs/68_command.ipynb #c19
+COMMANDS = dict(reproduce=do_reproduce, render=do_render, plan=do_plan, tables=do_tables, refine=do_refine,
+                evaluate=do_evaluate, benchmark=do_benchmark)
+
+# %% ../nbs/68_command.ipynb #c20
 def main(arguments=None):
     "The command `latentrefine`: exit code 0, 2 for a user's error, 130 for Ctrl-C."
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -50,11 +50,14 @@ def chunk_size():
     return 128 if device().type == "cuda" else 8
 
 
-def real_latents(states, project):
-    "Latents [stories, 32, width] of the clean target states of `states` [stories, 64, encoder width]."
-    size = chunk_size()
-    parts = [torch.from_numpy(states[i:i + size]).float().to(device()) for i in range(0, len(states), size)]
-    return torch.cat([project(part)[:, 32:].cpu() for part in parts])
+def real_latents(states, project, mask):
+    """Latents [valid slots, width] of the clean target states of `states` [stories, 64, encoder width]
+    in the slots of `mask` [stories, 32]."""
+    size, found = chunk_size(), []
+    for first in range(0, len(states), size):
+        part = torch.from_numpy(states[first:first + size]).float().to(device())
+        found.append(project(part)[:, 32:].cpu()[mask[first:first + size]])
+    return torch.cat(found)
 
 # %% ../nbs/62_measure.ipynb #c07
 def measure(logits_of, batch, states=None, project=None):
@@ -66,13 +69,13 @@ def measure(logits_of, batch, states=None, project=None):
         out = logits_of(part)
         scores.add(out.logits, part.target_ids.to(out.logits.device), part.target_mask.to(out.logits.device))
         passes += out.nfe * len(part)
-        if out.latents is not None: latents.append(out.latents.cpu())
+        if out.latents is not None: latents.append(out.latents.cpu()[part.target_mask])      # valid slots alone
     low, high = scores.interval("target_probability")
     nfe = passes // len(batch) if passes % len(batch) == 0 else passes / len(batch)
     result = {**scores.result(), "target_probability_low": low, "target_probability_high": high, "nfe": nfe}
     if states is None or not latents: return result, scores
-    real = real_latents(states, project)
-    return {**result, **latent_geometry(torch.cat(latents), real, batch.target_mask)}, scores
+    own, real = torch.cat(latents)[None], real_latents(states, project, batch.target_mask)[None]
+    return {**result, **latent_geometry(own, real, torch.ones(own.shape[:2], dtype=torch.bool))}, scores
 
 # %% ../nbs/62_measure.ipynb #c09
 NOT_SIZES = ("stories", "encoder", "precision", "seeds", "families", "gpt2", "timing_batches", "claim_widths",

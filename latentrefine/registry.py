@@ -113,7 +113,8 @@ def entry_of(name):
 
 # %% ../nbs/06_registry.ipynb #c18
 STUDY_MODULES = ("presets", "study", "measure", "report", "page", "refine", "evaluation", "front",
-                 "reproduce", "command", "notebooks", "workers")
+                 "reproduce", "command", "notebooks", "workers",
+                 "benchmark")
 
 
 @lru_cache

@@ -9,19 +9,19 @@ import pandas as pd
 import pytest
 
 from latentrefine.core import ROOT, ROW_FIELDS
-from latentrefine.measure import TARGET_LENGTH, published, results, systems_of
+from latentrefine.measure import TARGET_LENGTH, published, results, results_of, systems_of
 from latentrefine.presets import load_preset
-from latentrefine.registry import MAIN_RATE, SYSTEMS, load_chapters
+from latentrefine.registry import MAIN_RATE, load_chapters
 from latentrefine.report import base_column, columns
-from latentrefine.reproduce import model_nodes
+from latentrefine.reproduce import nodes, with_needs
 from latentrefine.study import Study
 from latentrefine.textmetrics import distinct_n
 
 load_chapters()
 OUTPUTS, RESULTS = ROOT / "outputs", results()
 RUNS = sorted(path.parent.name for path in OUTPUTS.glob("*/report.html"))
+MADE = {run: results_of(load_preset(run)) for run in RUNS}      # the results of each run
 WITHOUT_DIGEST = ("cpu",)      # measured before rows carried the digest of their measurement
-NOTEBOOKS = {entry.get("notebook", name) for name, entry in RESULTS.items()}
 NUMBER = (int, float)
 FACTS = {"notebook": str, "preset": str, "seconds": NUMBER, "commit": str, "versions": str, "hardware": str, "system": str,
          "encoder": str, "stories": str, "precision": str, "vocabulary": str, "length": str, "reduced": bool, "seed": int,
@@ -29,7 +29,7 @@ FACTS = {"notebook": str, "preset": str, "seconds": NUMBER, "commit": str, "vers
 FRACTIONS = ("target_probability", "top1", "aligned_probability", "aligned_top1", "distinct1", "distinct2", "repetition", "mauve")
 
 every_run = pytest.mark.parametrize("run", RUNS)
-every_result = pytest.mark.parametrize("name", RESULTS)
+every_result = pytest.mark.parametrize("run, name", [(run, name) for run in RUNS for name in MADE[run]])
 
 
 @lru_cache
@@ -48,7 +48,6 @@ def test_there_are_runs(): assert {"quick", "cpu"} <= set(RUNS)
 
 # Rows
 
-@every_run
 @every_result
 def test_schema(run, name):
     rows = rows_of(run, name)
@@ -67,9 +66,9 @@ def test_schema(run, name):
 @every_run
 def test_one_machine(run):
     "Each table of a run was made by one commit on one machine, all with one set of packages; other tables may come from another machine."
-    for name in RESULTS:
+    for name in MADE[run]:
         assert len({(row["commit"], re.sub(r"\d+ of", "of", row["hardware"])) for row in rows_of(run, name)}) == 1, name
-    assert len({row["versions"] for name in RESULTS for row in rows_of(run, name)}) == 1
+    assert len({row["versions"] for name in MADE[run] for row in rows_of(run, name)}) == 1
 
 
 SEEDED = {"table2": ("system", "width", "dropout"), "table3": ("system",), "table4": ("system", "share"), "table5": ("system", "steps"),
@@ -84,8 +83,7 @@ TEXTS = ("draft", "real targets", "other targets")      # rows of text that noth
 FIRST_SEED_PARTS = ("slots", "cost", "learning", "leave")
 
 
-@every_run
-@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("run, name", [(run, name) for run in RUNS for name in SEEDED if name in MADE[run]])
 def test_every_trained_row_has_its_seeds(run, name):
     groups = {}
     for row in rows_of(run, name):
@@ -146,8 +144,7 @@ def test_every_compared_system_is_read_in_its_modes(run):
     "In its first mode on all drafts, in others at least on drafts with [MASK]; those with a choice of modes also without a draft."
     rows = rows_of(run, "systems")
     found = {(row["system"], row["mode"], row["draft"], row["dropout"]) for row in rows}
-    for entry in SYSTEMS.values():
-        if not entry.compared: continue
+    for entry in systems_of(RESULTS["systems"], load_preset(run)):
         for mode in entry.modes:
             kinds = {("none", None)} if mode == "PROMPT" else DRAFTS if mode == entry.modes[0] else {("mask", .05)}
             assert {(entry.name, mode, *kind) for kind in kinds} <= found, entry.name
@@ -161,22 +158,20 @@ def test_every_compared_system_is_read_in_its_modes(run):
 @every_run
 def test_the_cost_of_a_compared_system_is_stated(run):
     rows = rows_of(run, "systems")
-    for entry in SYSTEMS.values():
-        if not entry.compared or entry.family != "peer": continue
+    for entry in systems_of(RESULTS["systems"], load_preset(run)):
+        if entry.family != "peer": continue
         first = [row for row in rows if row["system"] == entry.name and row["seed"] == min(seeds_of(run))]
         for row in first: assert COST_FIELDS <= row.keys(), entry.name
         assert {"ms_at_one", "ms_at_many"} <= next(row for row in first if row["mode"] == entry.modes[0]).keys()
 
 
-@every_run
-def test_masked_diffusion_takes_a_pass_a_slot_and_its_refinement_a_few_more(run):
-    def passes(system): return next(row["nfe"] for row in rows_of(run, "systems") if (row["system"], row["mode"]) == (system, "PROMPT"))
+def test_masked_diffusion_takes_a_pass_a_slot_and_its_refinement_a_few_more():
+    def passes(system): return next(row["nfe"] for row in rows_of("cpu", "systems") if (row["system"], row["mode"]) == (system, "PROMPT"))
     assert passes("masked diffusion") == 32 and passes("LRD") <= 1 + 8 + 32
 
 
 # Files
 
-@every_run
 @every_result
 def test_everything_of_a_result_is_there(run, name):
     folder, answer, entry = OUTPUTS / run, answer_of(run, name), RESULTS[name]
@@ -190,7 +185,6 @@ def test_everything_of_a_result_is_there(run, name):
         assert (folder / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG") and caption
 
 
-@every_run
 @every_result
 def test_an_answer_is_short(run, name):
     answer = answer_of(run, name)
@@ -199,7 +193,6 @@ def test_an_answer_is_short(run, name):
     assert not re.search(r"\bnan\b|None|\{\{|undefined", answer["answer"] + answer["limits"]), answer["answer"]
 
 
-@every_run
 @every_result
 def test_a_headline_belongs_to_its_rows(run, name):
     headline = answer_of(run, name)["headline"]
@@ -211,7 +204,7 @@ def test_a_headline_belongs_to_its_rows(run, name):
 
 @every_run
 def test_figures_belong_to_a_result(run):
-    shown = {figure for name in RESULTS for figure, _ in answer_of(run, name)["figures"]}
+    shown = {figure for name in MADE[run] for figure, _ in answer_of(run, name)["figures"]}
     assert {path.stem for path in (OUTPUTS / run / "figures").glob("*.png")} == shown
 
 
@@ -219,9 +212,10 @@ def test_figures_belong_to_a_result(run):
 def test_executed_notebooks_are_those_of_results(run):
     "Training notebooks are not kept; their curves are."
     folder, seeds = OUTPUTS / run, seeds_of(run)
-    assert {path.stem for path in (folder / "notebooks").glob("*.ipynb")} == NOTEBOOKS
+    assert {path.stem for path in (folder / "notebooks").glob("*.ipynb")} == {entry.get("notebook", name) for name, entry in MADE[run].items()}
     if run in WITHOUT_CURVES: return
-    trained = {node.name for node in model_nodes(Study(run, out=str(folder), seed=seeds[0], seeds=len(seeds)))}
+    graph = nodes(Study(run, out=str(folder), seed=seeds[0], seeds=len(seeds)))
+    trained = {name for name in with_needs(graph, ["report"]) if graph[name].notebook == "train.ipynb"}
     assert {path.stem for path in (folder / "curves").glob("*.csv")} == trained
     for path in (folder / "curves").glob("*.csv"): assert {"step", "seconds"} <= set(pd.read_csv(path, nrows=2)), path.name
 
@@ -249,7 +243,6 @@ def test_nothing_else_is_committed(run):
         assert not re.search(r"/(?:root|home|Users|tmp|work)/", path.read_text(encoding="utf-8")), path
 
 
-@every_run
 @every_result
 def test_every_column_is_explained(run, name):
     header = (OUTPUTS / run / "tables" / f"{name}.csv").read_text(encoding="utf-8").partition("\n")[0].split(",")
@@ -259,14 +252,14 @@ def test_every_column_is_explained(run, name):
 @every_run
 def test_the_page_has_every_result(run):
     page = (OUTPUTS / run / "report.html").read_text(encoding="utf-8")
-    for name in RESULTS: assert f'id="{name}"' in page, name
+    for name in MADE[run]: assert f'id="{name}"' in page, name
 
 
 # Numbers
 
 def test_samples_recompute_the_text_metrics():
     "Anybody can compute distinct-1 again from the samples; those of real stories are not committed."
-    scored = [row for name in RESULTS for row in rows_of("quick", name) if row.get("samples")]
+    scored = [row for name in MADE["quick"] for row in rows_of("quick", name) if row.get("samples")]
     folder = OUTPUTS / "quick"
     assert {row["samples"] for row in scored} == {f"samples/{path.name}" for path in (folder / "samples").iterdir()}
     for row in scored:
