@@ -194,3 +194,17 @@ def test_a_result_measures_once_and_tells_from_a_template(entry):
     assert code.count(f'measured(study, "{entry["name"]}"') == 1 and f'Result(study, "{entry["name"]}")' in code
     once = entry.get("seeds") == "first" or entry.get("first", False)
     assert ("seeds" in literals(tagged(name)[0])) == (not once)
+
+
+IN_CODE = {"klflow", "lrd", "cosmos", "cola"}      # results whose verdict is still worded in their notebook; this list shrinks
+
+
+@pytest.mark.parametrize("entry", [entry for entry in LISTED if entry["name"] not in IN_CODE], ids=lambda entry: entry["name"])
+def test_a_verdict_is_worded_in_its_template(entry):
+    "Answer, limits and verdict are the three parts of a template; code passes the headline and values."
+    template = (NBS / "answers" / f"{entry['name']}.md.j2").read_text(encoding="utf-8")
+    assert template.count("\n---\n") == 2
+    trees = [ast.parse(source) for _, source in code_cells(f"results/{entry.get('notebook', entry['name'])}.ipynb")]
+    calls = [node for tree in trees for node in ast.walk(tree)
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "answer"]
+    assert calls and not [call for call in calls if len(call.args) > 1 or "verdict" in {given.arg for given in call.keywords}]
