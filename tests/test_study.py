@@ -23,7 +23,7 @@ from latentrefine.notebooks import NOTEBOOKS, lock, run_node
 from latentrefine.presets import load_preset
 from latentrefine.registry import models_of
 from latentrefine.reproduce import due_nodes, nodes
-from latentrefine.study import Study
+from latentrefine.study import DRAFT_STATES, Study
 from latentrefine.training import read_model, read_state
 
 RESULTS = results()
@@ -351,3 +351,15 @@ def test_words_behind_the_dashes_go_to_snakemake(tiny_preset, tmp_path):
     code, *_ = call(*words, "--", "--no-such-option")
     assert code == 2 and "--no-such-option" in (tmp_path / "logs" / "study.log").read_text()
     refused("tables", "--preset", tiny_preset, "--", "--jobs", "1", says=["words behind --", "reproduce", "tables"])
+
+
+def test_kept_states_change_nothing_but_rounding(trained, tmp_path, monkeypatch):
+    "The states of drafts are kept in half precision and shared by the models that are trained on the same drafts."
+    model = next(model for model in models_of(trained.preset).values() if model.group == "prior")
+    def curve(): return model.train(trained, tmp_path / "prior", **model.parameters)
+    kept, folder = curve(), trained.out / DRAFT_STATES
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(files) >= 2 and curve()[-1]["loss"] == kept[-1]["loss"]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
+    monkeypatch.setattr(Study, "cached_encoder", property(lambda study: study.encoder))
+    for line, other in zip(kept, curve()): assert line["loss"] == pytest.approx(other["loss"], rel=5e-3)
