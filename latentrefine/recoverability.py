@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'aligned_slots', 'token_scores', 'drawn_counts', 'bootstrap_ratios', 'percentile_interval', 'Recoverability',
-           'story_sums', 'score_columns', 'mean_of_seeds', 'paired_difference', 'latent_geometry', 'token_entropy',
-           'frequent_tokens']
+           'mean_scores', 'story_sums', 'score_columns', 'mean_of_seeds', 'paired_difference', 'latent_geometry',
+           'token_entropy', 'frequent_tokens']
 
 # %% ../nbs/10_recoverability.ipynb #c02
 import torch
@@ -90,35 +90,39 @@ def percentile_interval(values):
 
 # %% ../nbs/10_recoverability.ipynb #c18
 class Recoverability:
-    "Mean scores over the valid slots of many stories, added in chunks; the scores are the keys of SCORES."
+    """Mean scores over the valid slots of many stories, added in chunks; the scores are the keys of SCORES.
+    `runs`: None, or `sums` of training seeds that scored the same stories, [seeds, stories, scores + 1]."""
     names = tuple(SCORES)
 
     def __init__(self, runs=None):
-        """`runs`:
-        None, or the `sums` of training seeds that scored the same stories, [seeds, stories, scores + 1]."""
-        empty = torch.zeros(0, len(SCORES) + 1, dtype=torch.float64)
-        self.sums, self.runs = (empty if runs is None else runs.mean(0)), runs    # see `story_sums`
+        self.sums = torch.zeros(0, len(SCORES) + 1, dtype=torch.float64) if runs is None else runs.mean(0)
+        self.runs = runs
 
     def add(self, logits, target_ids, target_mask):
         "Add a chunk of stories, arguments as for `token_scores`; returns self."
         scores = token_scores(logits, target_ids, target_mask)
-        self.sums = torch.cat([self.sums, story_sums(scores, len(target_ids))])
+        self.sums = torch.cat([self.sums, story_sums(scores, len(target_ids))])      # see `story_sums`
         return self
 
     def result(self):
         "Means over valid slots, `valid_slots` and `n`, the number of stories; ValueError if none is valid."
-        *totals, slots = self.sums.sum(0).tolist()
-        if not slots: raise ValueError("no valid slot was added")
-        means = {name: total / slots for name, total in zip(self.names, totals)}
-        return means | dict(valid_slots=int(slots), n=len(self.sums))
+        return mean_scores(self.sums)
+
+    def columns(self, name): return score_columns(self.sums[None] if self.runs is None else self.runs, name)
 
     def interval(self, name, seed=0, repeats=1000):
         "The 95 % bootstrap interval (low, high) of the mean `name`, over stories and training seeds."
         return percentile_interval(bootstrap_ratios(self.columns(name), name, seed, repeats))
 
-    def columns(self, name): return score_columns(self.sums[None] if self.runs is None else self.runs, name)
-
 # %% ../nbs/10_recoverability.ipynb #c19
+def mean_scores(sums):
+    "Means of `sums` [stories, scores + 1] over valid slots, `valid_slots` and `n`; ValueError if none is valid."
+    *totals, slots = sums.sum(0).tolist()
+    if not slots: raise ValueError("no valid slot was added")
+    means = {name: total / slots for name, total in zip(SCORES, totals)}
+    return means | dict(valid_slots=int(slots), n=len(sums))
+
+# %% ../nbs/10_recoverability.ipynb #c20
 def story_sums(scores, stories):
     "Summed `token_scores` and valid slots of each story, float64 [stories, scores + 1], on the CPU."
     each = torch.stack([scores[key] for key in SCORES.values()] + [torch.ones_like(scores["ce"])], 1)
@@ -133,14 +137,14 @@ def score_columns(runs, name):
     if not runs[..., -1].any(): raise ValueError("no valid slot was added")
     return runs[:, runs[0, :, -1] > 0][..., [list(SCORES).index(name), -1]]
 
-# %% ../nbs/10_recoverability.ipynb #c25
+# %% ../nbs/10_recoverability.ipynb #c26
 def mean_of_seeds(scores):
     "One Recoverability of several training seeds, which must have scored the same stories."
     return Recoverability(torch.stack([one.sums for one in scores]))
 
 
 def paired_difference(one, other, name, seed=0, repeats=1000):
-    """(difference, low, high) of the mean `name` of `one` minus `other`, 95 % bootstrap over stories and seeds.
+    """(difference, low, high) of the mean `name` of `one` minus `other`, 95 % bootstrap as in `interval`.
 
     ValueError unless both have scored the same stories."""
     a, b = one.columns(name), other.columns(name)
@@ -153,7 +157,7 @@ def paired_difference(one, other, name, seed=0, repeats=1000):
     interval = percentile_interval(bootstrap_ratios(difference, name, seed, repeats))
     return ((totals[0] / totals[1]).item(), *interval)
 
-# %% ../nbs/10_recoverability.ipynb #c33
+# %% ../nbs/10_recoverability.ipynb #c34
 def latent_geometry(latents, reference, mask):
     """`cosine`, `mse` and `norm_ratio` of `latents` to `reference`, both [batch, slots, width].
 
@@ -169,7 +173,7 @@ def latent_geometry(latents, reference, mask):
         norm_ratio=(z.norm(dim=-1).mean() / real.norm(dim=-1).mean()).item(),
     )
 
-# %% ../nbs/10_recoverability.ipynb #c37
+# %% ../nbs/10_recoverability.ipynb #c38
 def token_entropy(logits, mask):
     "Mean entropy (nats) of `logits` [batch, slots, vocab] over valid slots; ValueError if there is none."
     _check(logits, mask)
