@@ -68,8 +68,8 @@ SCORES = dict(ce="ce", target_probability="probability", top1="top1",   # name i
 def drawn_counts(size, repeats, random):
     "How often each of `size` things is drawn in `size` draws with replacement, float64 [repeats, size]."
     draws = torch.randint(size, (repeats, size), generator=random)
-    return torch.zeros(repeats, size, dtype=torch.float64).scatter_add_(1, draws,
-                                                                        torch.ones(1).double().expand_as(draws))
+    ones = torch.ones(1, dtype=torch.float64).expand_as(draws)
+    return torch.zeros(repeats, size, dtype=torch.float64).scatter_add_(1, draws, ones)
 
 
 def bootstrap_ratios(columns, name, seed, repeats):
@@ -116,7 +116,7 @@ class Recoverability:
 
 # %% ../nbs/10_recoverability.ipynb #c19
 def mean_scores(sums):
-    "Means of `sums` [stories, scores + 1] over valid slots, `valid_slots` and `n`; ValueError if none is valid."
+    "Means of `sums` [stories, scores + 1] over valid slots, `valid_slots` and `n`; ValueError without any."
     *totals, slots = sums.sum(0).tolist()
     if not slots: raise ValueError("no valid slot was added")
     means = {name: total / slots for name, total in zip(SCORES, totals)}
