@@ -171,7 +171,7 @@ def test_the_cost_of_a_compared_system_is_stated(run):
 @every_run
 def test_masked_diffusion_takes_a_pass_a_slot_and_its_refinement_a_few_more(run):
     def passes(system): return next(row["nfe"] for row in rows_of(run, "systems") if (row["system"], row["mode"]) == (system, "PROMPT"))
-    assert passes("masked diffusion") == 32 and passes("LRD") <= 1 + 8 + 32
+    assert passes("masked diffusion") == 32 and passes("LRD") <= 1 + 20 + 32
 
 
 # Files

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXCLUDED_TOKENS', 'STANDARD_DECODING', 'AUTO', 'check_positions', 'MaskedDiffusion', 'masked_fractions',
-           'masked_diffusion_loss', 'train_masked', 'load_masked', 'entropy', 'nucleus', 'nucleus_mixtures',
-           'soft_embeddings', 'LRDConfig', 'latent_refinements', 'kl_divergence', 'mean_divergence', 'most_confident',
-           'DecodingState', 'divergences', 'SoftInputs', 'SoftPasses', 'refine_softly', 'commit_progressively',
-           'decode_block', 'initial_slots', 'decode_batch', 'committed_logits', 'LRDInference', 'LRD',
-           'train_masked_of', 'masked_models', 'open_masked', 'register_masked']
+           'masked_diffusion_loss', 'train_masked', 'load_masked', 'entropy', 'nucleus', 'sorted_nucleus',
+           'nucleus_mixtures', 'soft_embeddings', 'LRDConfig', 'latent_refinements', 'kl_divergence', 'mean_divergence',
+           'most_confident', 'DecodingState', 'divergences', 'SoftInputs', 'SoftPasses', 'refine_softly',
+           'commit_progressively', 'decode_block', 'initial_slots', 'decode_batch', 'committed_logits', 'LRDInference',
+           'LRD', 'train_masked_of', 'masked_models', 'open_masked', 'register_masked']
 
 # %% ../../nbs/systems/42_lrd.ipynb #c02
 import json
@@ -16,6 +16,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -120,25 +121,32 @@ def nucleus(p, top_p, largest):
     """(probabilities, ids, complete) of the nuclei of p [n, vocab] among the `largest` most probable tokens.
 
     The first two [n, largest], renormalised and 0 outside; `complete` [n]: whether they hold `top_p`."""
-    largest = min(largest, p.shape[-1])
-    values, ids = p.topk(largest)
+    values, ids = p.topk(min(largest, p.shape[-1]))
     mass = values.cumsum(-1)
-    complete = (mass[:, -1] >= top_p) | (largest == p.shape[-1])
     values = values.where(mass - values < top_p, 0.)
-    return values / values.sum(-1, keepdim=True), ids, complete
+    return values / values.sum(-1, keepdim=True), ids, mass[:, -1] >= top_p
+
+
+def sorted_nucleus(p, top_p):
+    "p [n, vocab] renormalised on its nucleus, 0 elsewhere. On a CPU numpy sorts four times as fast as torch."
+    ordered = p.sort(-1).values if p.is_cuda else torch.from_numpy(np.sort(p.numpy(), -1))
+    ordered = ordered.flip(-1)
+    inside = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True)     # number of members
+    kept = p.where(p >= ordered.gather(-1, inside - 1), 0.)
+    return kept / kept.sum(-1, keepdim=True)
 
 # %% ../../nbs/systems/42_lrd.ipynb #c14
-def nucleus_mixtures(p, words, top_p, largest=64):
+def nucleus_mixtures(p, words, top_p):
     "Mean embeddings [n, inner] of the nuclei of p [n, vocab] with mass `top_p`; `words` [vocab, inner]."
     if top_p >= 1: return p @ words
     mixed, rows = words.new_empty(len(p), words.shape[1]), torch.arange(len(p), device=p.device)
-    while len(rows):
+    for largest in (64, 512):
         values, ids, complete = nucleus(p[rows], top_p, largest)
-        values, ids = values[complete], ids[complete]
-        if largest <= 512: found = F.embedding_bag(ids, words, per_sample_weights=values, mode="sum")
-        else: found = torch.zeros_like(p[rows[complete]]).scatter(-1, ids, values) @ words
+        found = F.embedding_bag(ids[complete], words, per_sample_weights=values[complete], mode="sum")
         mixed[rows[complete]] = found
-        rows, largest = rows[~complete], 8 * largest
+        rows = rows[~complete]
+        if not len(rows): return mixed
+    mixed[rows] = sorted_nucleus(p[rows], top_p) @ words
     return mixed
 
 
