@@ -78,6 +78,7 @@ def measure(logits_of, batch, states=None, project=None):
 NOT_SIZES = ("stories", "encoder", "precision", "seeds", "gpt2", "timing_batches", "claim_widths", "plugins")
 TARGET_LENGTH = "the target's"                 # `length` of rows whose drafts keep it, and of bounds
 KEEP_LENGTH = ("mask", "replace", "swap")      # corruption types whose drafts are as long as their targets
+FEWEST = 50                                    # stories below which an interval over stories decides nothing
 
 
 @lru_cache
@@ -184,9 +185,6 @@ def add_gain(frame, keys, scores, base, value="target_probability", name="gain")
         return paired_difference(mean_of_seeds(scores[key]), mean_of_seeds(other), value)
     columns = list(zip(*(gain(key) for key in frame[list(keys)].itertuples(index=False, name=None))))
     return frame.assign(**{f"{name}{end}": column for end, column in zip(("", "_low", "_high"), columns)})
-
-
-FEWEST = 50      # stories below which an interval over stories decides nothing
 
 
 def verdict(low, high, threshold=0., stories=FEWEST):

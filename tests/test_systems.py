@@ -283,7 +283,7 @@ def test_averaged_runs_of_a_sampler(systems, drafts):
     mean = replace(system, samples=3).slot_logits(drafts, 2, 1)
     kept = mean.logits.softmax(-1)[..., system.net.kept]
     places = system.net.kept != UNK
-    assert mean.nfe == 9 and torch.allclose(kept[..., places], torch.stack(runs).mean(0)[..., places], atol=1e-5)
+    assert mean.nfe == 9 and torch.allclose(kept[..., places], torch.stack(runs).mean(0)[..., places], rtol=1e-3)
     assert not torch.equal(runs[0], runs[1])
     def ce(p): return -p.gather(-1, system.net.columns[drafts.target_ids][..., None]).log()
     assert (ce(torch.stack(runs).mean(0)) <= torch.stack([ce(p) for p in runs]).mean(0) + 1e-4).all()
