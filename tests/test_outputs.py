@@ -167,7 +167,7 @@ def test_the_cost_of_a_compared_system_is_stated(run):
 
 def test_masked_diffusion_takes_a_pass_a_slot_and_its_refinement_a_few_more():
     def passes(system): return next(row["nfe"] for row in rows_of("cpu", "systems") if (row["system"], row["mode"]) == (system, "PROMPT"))
-    assert passes("masked diffusion") == 32 and passes("LRD") <= 1 + 8 + 32
+    assert passes("masked diffusion") == 32 and passes("LRD") <= 1 + 20 + 32
 
 
 # Files

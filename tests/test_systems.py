@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentrefine.autoencoder import open_autoencoder
-from latentrefine.core import CLS, MASK, MODES, PAD, SEP, VOCAB, StudyError
+from latentrefine.core import CLS, MASK, MODES, PAD, SEP, UNK, VOCAB, StudyError
 from latentrefine.draft_prior import training_batch
 from latentrefine.encoder import Corpus
 from latentrefine.measure import shares_latents
@@ -18,7 +18,9 @@ from latentrefine.recoverability import token_scores
 from latentrefine.refiner import DCLR, oracle
 from latentrefine.registry import FAMILIES, MAIN_RATE, SYSTEMS, load_chapters, models_of
 from latentrefine.study import EVALUATION_SEED, Study
-from latentrefine.systems.lrd import LRDInference
+from latentrefine.systems import klflow
+from latentrefine.systems.klflow import generate
+from latentrefine.systems.lrd import LRDConfig, latent_refinements
 from latentrefine.training import Training
 
 load_chapters()
@@ -243,15 +245,63 @@ def test_given_gaps_are_kept(systems, study, name):
         assert (slots == where.nonzero().squeeze(1)).all()
 
 
-def test_masked_diffusion_keeps_the_tokens_of_its_initial_state(systems, study):
-    held, found = study.drafts(.3, count=6, corruption="mask"), 0
-    visible = held.draft_mask & (held.draft_ids != MASK)
-    for system in systems.values():
-        if not isinstance(system, LRDInference): continue
-        started = replace(system, mode="START").slot_logits(held, 2, 1)
-        assert torch.equal(started.tokens[visible], held.draft_ids[visible])
-        found += 1
-    assert found
+@pytest.mark.parametrize("name", [name for name, entry in SYSTEMS.items() if entry.start_needs_alignment])
+def test_the_tokens_of_an_initial_state_are_kept(systems, study, name):
+    "In the mode START the draft's tokens are given: they are the output at every step, also those outside the vocabulary."
+    held = study.drafts(.3, count=6, corruption="mask")
+    foreign = int(next(word for word in range(2000, VOCAB) if word not in study.kept))
+    held = replace(held, draft_ids=held.draft_ids.where(held.draft_ids != held.draft_ids[0, 0], foreign))
+    visible, seen = held.draft_mask & (held.draft_ids != MASK), []
+    def observe(_, logits): seen.append(logits().argmax(-1))
+    system = replace(systems[name], mode="START", on_step=observe)
+    assert torch.equal(system.slot_logits(held, 2, 1).tokens[visible], held.draft_ids[visible])
+    one, shown = held.rows([0]), visible[:1]
+    seen.clear(); system.slot_logits(one, 2, 1)
+    assert seen and all(torch.equal(tokens[shown], one.draft_ids[shown]) for tokens in seen)
+
+
+def test_lrd_has_the_settings_of_its_paper(systems):
+    "Appendix A: top-p .9, r_f from .1 to .2, both thresholds .1, at most 20 refinements, one commitment a pass."
+    config = systems["LRD"].config
+    assert (config.top_p, config.refine, config.tau_refine, config.tau_decode, config.commits) == (.9, 20, .1, .1, 1)
+    assert .1 <= config.r_f <= .2 and not config.repeat and config.block == 32
+
+
+@pytest.mark.parametrize("config, passes", [
+    (latent_refinements(2), 32 * 3), (latent_refinements(1), 32 * 2), (LRDConfig(refine=3, tau_refine=0.), 3 + 32),
+    (LRDConfig(refine=3, tau_refine=0., block=8), 4 * (3 + 8)), (LRDConfig(refine=0, block=16), 32)])
+def test_refinements_are_where_the_paper_has_them(systems, drafts, config, passes):
+    "LF x k: k before each commitment; else once, or once a block. Without early stop, so that the passes are known."
+    system = replace(systems["LRD"], config=replace(config, tau_decode=0.))
+    assert system.slot_logits(drafts.rows([0])).nfe == passes
+
+
+def test_averaged_runs_of_a_sampler(systems, drafts):
+    "The mean distribution of K runs: K times the evaluations, and a cross-entropy not above the mean of the runs."
+    system = systems["KL-Flow"]
+    runs = [generate(system, drafts, 2, 1, sample).softmax(-1) for sample in range(3)]
+    mean = replace(system, samples=3).slot_logits(drafts, 2, 1)
+    kept = mean.logits.softmax(-1)[..., system.net.kept]
+    places = system.net.kept != UNK
+    assert mean.nfe == 9 and torch.allclose(kept[..., places], torch.stack(runs).mean(0)[..., places], rtol=1e-3)
+    assert not torch.equal(runs[0], runs[1])
+    def ce(p): return -p.gather(-1, system.net.columns[drafts.target_ids][..., None]).log()
+    assert (ce(torch.stack(runs).mean(0)) <= torch.stack([ce(p) for p in runs]).mean(0) + 1e-4).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_kept_context_changes_nothing(systems, drafts, mode, monkeypatch):
+    "KL-Flow reads prompt and draft once a call; reading them at each evaluation gives the same logits."
+    system, read, calls = replace(systems["KL-Flow"], mode=mode), klflow.read_context, []
+    monkeypatch.setattr(klflow, "read_context", lambda *given: calls.append(1) or read(*given))
+    kept = system.slot_logits(drafts, 3, 1)
+    assert len(calls) == 1
+    forward = klflow.Denoiser.forward
+    def uncached(net, log_x, t, batch, draft_mask, given=None, cache=None):
+        return forward(net, log_x, t, batch, draft_mask, given)
+    monkeypatch.setattr(klflow.Denoiser, "forward", uncached)
+    again = system.slot_logits(drafts, 3, 1)
+    assert len(calls) == 1 + again.nfe and torch.equal(again.logits, kept.logits)
 
 
 def test_no_steps_of_a_flow_are_its_start(study, systems, drafts):
