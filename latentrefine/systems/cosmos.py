@@ -26,8 +26,8 @@ from torch import nn
 from ..autoencoder import (Autoencoder, AutoencoderConfig, TokenDecoder, token_loss,
                                       vocabulary_name, vocabulary_of)
 from ..blocks import Attention, attend, time_features
-from ..core import (PROMPT_SLOTS, SEP, TARGET_SLOTS, VOCAB, RefineOutput, StudyError, autocast,
-                               check_mode, device, generator, story_noise, write_text)
+from ..core import (SEP, TARGET_SLOTS, VOCAB, RefineOutput, StudyError, autocast, check_mode,
+                               device, generator, story_noise, write_text)
 from ..drafts import clean_batch, with_drafts
 from ..encoder import Corpus, Encoder
 from ..flow import logits_callback
