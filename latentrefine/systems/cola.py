@@ -594,7 +594,7 @@ class Cola(ColaSettings):
 
 # %% ../../nbs/systems/43_cola.ipynb #c53
 GUIDANCES = (1., 1.5, 2., 3., 4., 6., 8., 12., 16., 24., 32.)
-CHOICE_STORIES = 64         # validation stories by which the scale is chosen, at most
+CHOICE_STORIES = 32         # validation stories by which the scale is chosen, at most
 
 
 def best_scale(scores):
