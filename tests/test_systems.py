@@ -18,7 +18,7 @@ from latentrefine.recoverability import token_scores
 from latentrefine.refiner import DCLR, oracle
 from latentrefine.registry import FAMILIES, MAIN_RATE, SYSTEMS, load_chapters, models_of
 from latentrefine.study import EVALUATION_SEED, Study
-from latentrefine.systems import cola, cosmos
+from latentrefine.systems import cola, cola_study, cosmos
 from latentrefine.systems.lrd import LRDInference
 from latentrefine.training import Training, read_model
 
@@ -452,9 +452,8 @@ def test_the_guidance_of_cola_is_chosen_on_validation(study, systems):
     "The best of a grid on validation drafts, kept with the model, and what the system is opened with."
     config, system = read_model(study.model("cola"))[0], systems["Cola DLM"]
     scores = {float(scale): score for scale, score in config["validation"].items()}
-    assert tuple(scores) == cola.GUIDANCES and system.guidance == config["guidance"] == cola.best_scale(scores)
-    judging = study.drafts(MAIN_RATE, "validation", cola.CHOICE_STORIES)
-    again = cola.choose_guidance(replace(system, guidance=1.), judging, study.seed)[1]
+    assert tuple(scores) == cola_study.GUIDANCES and system.guidance == config["guidance"] == cola_study.best_scale(scores)
+    again = cola_study.choose_guidance(replace(system, guidance=1.), cola_study.judging_drafts(study), study.seed)[1]
     assert again == pytest.approx(scores, rel=1e-3)
 
 
@@ -473,13 +472,25 @@ def test_the_words_of_cola_start_as_the_encoders(study, tmp_path):
     assert (weights["words.weight"] - start).abs().max() < .02 < start.std()
 
 
+def test_the_first_words_of_cola_keep_distances():
+    "On the first principal axes; dimensions beyond the encoder's are zero."
+    matrix = torch.randn(50, 6, generator=torch.Generator().manual_seed(2)) * torch.arange(6, 0, -1) + 3
+    kept = torch.arange(5, 45)
+    for width in (6, 4, 8):
+        found = cola.start_words(matrix, kept, width)
+        ratio = torch.pdist(found) / torch.pdist(matrix[kept])
+        assert found.shape == (40, width) and ratio.std() < (1e-4 if width > 5 else .1) * ratio.mean()
+    started = cola.TextVAE(cola.ColaConfig(width=8, heads=2), kept, found)
+    assert torch.equal(started.words.weight, found) and torch.equal(started.head.weight, found / 8 ** .5)
+
+
 def test_the_budget_curve_of_cola(study):
     "One model for each budget, at the first seed; the first is the study's own where both have the same training."
     for name, first in (("base", "cola"), ("cpu", "cola"), ("quick", "cola-x1")):
         preset = load_preset(name)
-        names = [cola.budget_name(preset, times) for times in cola.BUDGETS]
+        names = [cola_study.budget_name(preset, times) for times in cola_study.BUDGETS]
         assert names == [first, "cola-x4", "cola-x8"]
         assert all(models_of(preset)[one].first_seed == (one != "cola") for one in names)
-    steps = [read_model(study.model(cola.budget_name(study.preset, n)))[0]["training"]["steps"] for n in cola.BUDGETS]
+    steps = [read_model(study.model(cola_study.budget_name(study.preset, n)))[0]["training"]["steps"] for n in cola_study.BUDGETS]
     assert steps == [3, 12, 24]
-    assert cola.open_cola(study, 8).nets["prior"].config == cola.open_cola(study).nets["prior"].config
+    assert cola_study.open_cola(study, 8).nets["prior"].config == cola_study.open_cola(study).nets["prior"].config

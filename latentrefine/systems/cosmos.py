@@ -7,7 +7,7 @@ __all__ = ['CE_ONLY', 'DRAFTED', 'SECOND_STAGE', 'ReadingBlock', 'Resampler', 'I
            'corrupt_states', 'mask_features', 'text_states', 'text_latents', 'LinearDecoder', 'gaussian_head',
            'SmoothAutoencoder', 'principal_axes', 'init_resampler', 'init_linear', 'divergence', 'smooth_loss',
            'set_statistics', 'config_entries', 'load_smooth', 'train_smooth', 'logits_of', 'decode_tokens', 'mismatch',
-           'signal', 'denoise_step', 'DenoisingBlock', 'Denoiser', 'context', 'denoiser_loss', 'update_average',
+           'signal', 'denoise_step', 'DenoisingBlock', 'Denoiser', 'context', 'update_average', 'denoiser_loss',
            'train_denoiser', 'load_denoiser', 'denoise', 'read_latents', 'latents_of', 'fit_cosmos', 'save_cosmos',
            'load_cosmos', 'CosmosSettings', 'Cosmos', 'cosmos_space', 'train_space_of', 'open_space',
            'train_denoiser_of', 'cosmos_models', 'open_cosmos']
@@ -78,9 +78,6 @@ class Identity(nn.Module):
     def forward(self, x, mask): return x * mask[..., None]
 
 # %% ../../nbs/systems/40_cosmos.ipynb #c10
-CE_ONLY = dict(mse=0., state_masking=0., delta=1., feature_masking=0.)     # fields for cross-entropy alone
-
-# %% ../../nbs/systems/40_cosmos.ipynb #c11
 @dataclass(frozen=True)
 class CosmosConfig:
     "Sizes and objective of COSMOS. Raises StudyError if `latents` or `layers` is impossible."
@@ -106,7 +103,10 @@ class CosmosConfig:
             raise StudyError(f"latents is {self.latents}; depth 0 needs {TARGET_SLOTS}")
         if self.layers % 2: raise StudyError(f"layers is {self.layers}; an even number is needed")
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c12
+# %% ../../nbs/systems/40_cosmos.ipynb #c11
+CE_ONLY = dict(mse=0., state_masking=0., delta=1., feature_masking=0.)     # fields for cross-entropy alone
+
+
 def drop_fraction(mask, fraction, gen):
     "Bool `mask` [..., n] without a random `fraction`, rounded to whole numbers, of the True places of a row."
     order = torch.rand(mask.shape, generator=gen).masked_fill(~mask.cpu(), 2.).argsort(-1).argsort(-1)
@@ -126,7 +126,7 @@ def mask_features(z, config, gen):
     "Latents z [batch, N, width] with a fraction of the features of each set to zero, the rest not rescaled."
     return z * drop_fraction(torch.ones_like(z, dtype=torch.bool), config.feature_masking, gen)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c16
+# %% ../../nbs/systems/40_cosmos.ipynb #c15
 def text_states(encoder, ids, mask):
     "BERT's states [batch, 32, width], fp32, of texts `ids` [batch, 32] encoded without a prompt."
     return encoder.hidden(ids[:, :0], mask[:, :0], ids, mask)
@@ -136,13 +136,12 @@ def text_latents(smooth, encoder, ids, mask):
     "Normalised latents [batch, N, width] of texts `ids` [batch, 32], valid where `mask` is True."
     return smooth.encode(text_states(encoder, ids, mask), mask)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c17
+
 class LinearDecoder(TokenDecoder):
     "Token predictor, linear: states [..., width] to logits [..., kept] through BERT's frozen word matrix."
     def __init__(self, width, word_embeddings, kept=None):
         super().__init__(width, word_embeddings, kept)
         self.mlp = self.norm = None
-
     def forward(self, z): return self.skip(z).to(self.words.dtype) @ self.words.T + self.bias
 
 
@@ -153,7 +152,7 @@ def gaussian_head(width):
     with torch.no_grad(): net.bias.copy_(torch.tensor([0., -4.]).repeat_interleave(width))
     return net
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c18
+# %% ../../nbs/systems/40_cosmos.ipynb #c16
 class SmoothAutoencoder(nn.Module):
     "BERT states [batch, 32, width] to latents [batch, N, width] and back, with a token decoder."
     def __init__(self, config, word_embeddings, kept=None):
@@ -179,7 +178,7 @@ class SmoothAutoencoder(nn.Module):
         return (self.compress(self.frame.project(states), mask)[0].float() - self.mean) / self.scale
     def decode(self, z): return self.rebuild(z * self.scale + self.mean)     # states of normalised latents
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c19
+# %% ../../nbs/systems/40_cosmos.ipynb #c17
 def principal_axes(net, states):
     """Principal axes [width, width] of `states` [n, width] in the order of the heads; and for each feature,
     which of its latent's slots it carries [width]."""
@@ -202,7 +201,7 @@ def init_resampler(part, turn, axes, inward):
     (first.value if inward else first.out).weight.copy_(axes if inward else axes.T)
     nn.init.eye_((first.out if inward else first.value).weight)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c20
+# %% ../../nbs/systems/40_cosmos.ipynb #c18
 @torch.no_grad()
 def init_linear(net, states):
     """Initialise a SmoothAutoencoder in place as a linear one: each slot gives its latent as many principal
@@ -218,7 +217,7 @@ def init_linear(net, states):
             part.queries[query] += .05 * (part.places[place] * carried) @ turn
         init_resampler(part, turn, axes, inward)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c21
+# %% ../../nbs/systems/40_cosmos.ipynb #c19
 def divergence(mean, log_variance):
     "KL(N(mean, variance) || N(0, 1)), nats, the mean over all numbers."
     return .5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
@@ -238,7 +237,7 @@ def smooth_loss(net, encoder, batch, slots, gen):
     loss, logs = ce + config.mse * mse, dict(ce=ce.item(), mse=mse.item(), target_probability=probability)
     return (loss, logs) if kl is None else (loss + config.beta * kl, logs | dict(kl=kl.item()))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c22
+# %% ../../nbs/systems/40_cosmos.ipynb #c20
 @torch.no_grad()
 def set_statistics(net, encoder, batch):
     "Take the latents' mean and standard deviation, by position and feature, from the targets of `batch`."
@@ -259,7 +258,7 @@ def load_smooth(folder, encoder):
     net = SmoothAutoencoder(config_of(CosmosConfig, config), encoder.word_embeddings.cpu(), kept)
     return load_weights(net, weights, folder)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c23
+# %% ../../nbs/systems/40_cosmos.ipynb #c21
 def train_smooth(corpus, encoder, config, kept, training, folder):
     """Train the autoencoder on the targets of a corpus; returns it frozen, and its curve (a dict a step).
     `kept`: ids of the vocabulary, None for all."""
@@ -277,7 +276,7 @@ def train_smooth(corpus, encoder, config, kept, training, folder):
     set_statistics(net, encoder, some)
     return finish(folder, net, config_entries(config, encoder), training, curve), curve
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c28
+# %% ../../nbs/systems/40_cosmos.ipynb #c26
 def logits_of(smooth, states, size=64):
     "Logits [batch, 32, vocab] of rebuilt states, `size` stories at a time so that they are in memory once."
     logits = torch.empty(*states.shape[:2], VOCAB, device=states.device)
@@ -298,7 +297,7 @@ def mismatch(smooth, encoder, z):
     with autocast(encoder.precision):
         return (z - text_latents(smooth, encoder, *decode_tokens(smooth, z))).square().mean((1, 2))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c32
+# %% ../../nbs/systems/40_cosmos.ipynb #c30
 def signal(t, noise_scale):
     "a_t, the signal's fraction of the variance at times t in [0, 1], a tensor in double precision."
     return 1 / (1 + (noise_scale * torch.tan(math.pi / 2 * t.double())) ** 2)
@@ -309,7 +308,7 @@ def denoise_step(z, guess, now, after):
     noise = (z - now ** .5 * guess) / (1 - now) ** .5
     return after ** .5 * guess + (1 - after) ** .5 * noise
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c36
+# %% ../../nbs/systems/40_cosmos.ipynb #c34
 class DenoisingBlock(nn.Module):
     "Post-norm BERT block over [batch, n, width], with cross-attention if `crossed`."
     def __init__(self, width, heads, crossed):
@@ -330,7 +329,7 @@ class DenoisingBlock(nn.Module):
         if self.cross is not None: x = self.norm_cross(x + self.cross(x + looks, memory, memory_mask))
         return self.norm(x + self.mlp(x))
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c37
+# %% ../../nbs/systems/40_cosmos.ipynb #c35
 class Denoiser(nn.Module):
     "Predicts clean latents [batch, N, width] from noisy ones; with cross-attention if `crossed`."
     def __init__(self, config, places=None, crossed=True):
@@ -354,8 +353,9 @@ class Denoiser(nn.Module):
         clean = signal(t, self.config.noise_scale).float()[:, None, None]
         return clean.sqrt() * z + (1 - clean).sqrt() * self.out(x)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c41
-DRAFTED = .5        # fraction of the training stories whose draft is read
+# %% ../../nbs/systems/40_cosmos.ipynb #c39
+DRAFTED = .5                # fraction of the training stories whose draft is read
+SECOND_STAGE = 10_000        # added to the denoiser's seed, so that its stories come in another order
 
 
 def context(smooth, encoder, batch, read):
@@ -366,7 +366,14 @@ def context(smooth, encoder, batch, read):
     there = torch.ones(z[0].shape[:2], dtype=torch.bool, device=z[0].device)
     return torch.cat(z, 1), torch.cat([there, there & read], 1)[:, :len(z) * there.shape[1]]
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c42
+
+@torch.no_grad()
+def update_average(nets, step):
+    "Move `nets.average` towards `nets.net`: an exponential moving average whose decay rises to config.ema."
+    weight = 1 - min(nets["net"].config.ema, step / (step + 10))
+    for kept, new in zip(nets["average"].parameters(), nets["net"].parameters()): kept.lerp_(new, weight)
+
+# %% ../../nbs/systems/40_cosmos.ipynb #c40
 def denoiser_loss(net, encoder, smooth, batch, gen):
     """(loss, {name: float}) of a denoiser on a batch with drafts. `gen` draws times, noise, the stories whose
     draft is dropped, and whether a first prediction is fed back."""
@@ -384,17 +391,7 @@ def denoiser_loss(net, encoder, smooth, batch, gen):
     mse = (net(noisy, t, previous, *memory).float() - z).square().mean()
     return mse, dict(mse=mse.item())
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c43
-SECOND_STAGE = 10_000        # added to the denoiser's seed, so that its stories come in another order
-
-
-@torch.no_grad()
-def update_average(nets, step):
-    "Move `nets.average` towards `nets.net`: an exponential moving average whose decay rises to config.ema."
-    weight = 1 - min(nets["net"].config.ema, step / (step + 10))
-    for kept, new in zip(nets["average"].parameters(), nets["net"].parameters()): kept.lerp_(new, weight)
-
-# %% ../../nbs/systems/40_cosmos.ipynb #c44
+# %% ../../nbs/systems/40_cosmos.ipynb #c41
 def train_denoiser(corpus, encoder, smooth, dropouts, training, folder):
     """Train a denoiser on the latents of `smooth`, with drafts at deletion rates `dropouts` as context.
     Returns its weight average, frozen, and its curve (a dict a step)."""
@@ -412,7 +409,7 @@ def train_denoiser(corpus, encoder, smooth, dropouts, training, folder):
     note = config_entries(smooth.config, encoder, dropouts=list(dropouts))
     return finish(folder, nets["average"], note, training, curve), curve
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c47
+# %% ../../nbs/systems/40_cosmos.ipynb #c44
 def load_denoiser(folder, encoder):
     "The denoiser saved in `folder`, frozen. Raises StudyError if it is damaged or of another encoder."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
@@ -434,7 +431,7 @@ def denoise(system, batch, z, times):
         if on_step is not None: on_step(step, guess)
     return z
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c48
+# %% ../../nbs/systems/40_cosmos.ipynb #c45
 def read_latents(smooth, z):
     "(logits [batch, 32, vocab], rebuilt states [batch, 32, width]) of normalised latents [batch, N, width]."
     states = smooth.decode(z.float()).float()
@@ -458,7 +455,7 @@ def latents_of(system, batch, steps, seed):
     reading = 4 if system.mode == "COND" else 2         # encoder and compressor, of prompt and draft
     return denoise(system, batch, z, times), passes + reading + steps
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c49
+# %% ../../nbs/systems/40_cosmos.ipynb #c46
 def fit_cosmos(system, stories, config):
     "`system` trained on a list of stories, with the folder, rates and training of a DCLRConfig `config`."
     batch, folder = clean_batch(*slot_stories(stories, system.encoder.tokenizer)[:4]), Path(config.folder)
@@ -484,7 +481,7 @@ def load_cosmos(system, folder):
     smooth, net = load_smooth(path / "cosmos-autoencoder", encoder), load_denoiser(path / "cosmos", encoder)
     return replace(system, smooth=smooth, net=net, **{key: note[key] for key in ("name", "mode", "start")})
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c50
+# %% ../../nbs/systems/40_cosmos.ipynb #c47
 @dataclass(frozen=True)
 class CosmosSettings:
     "Networks and settings of COSMOS. Raises StudyError for an unknown mode or networks of different configs."
@@ -510,7 +507,7 @@ class CosmosSettings:
     @property
     def vocabulary(self): return vocabulary_name(self.smooth.frame.decoder.kept)
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c51
+# %% ../../nbs/systems/40_cosmos.ipynb #c48
 class Cosmos(CosmosSettings):
     "COSMOS as a System; its `latents` are the 32 rebuilt states that are decoded."
     def networks(self):
@@ -528,7 +525,7 @@ class Cosmos(CosmosSettings):
 
     fit, save, load = fit_cosmos, save_cosmos, load_cosmos
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c62
+# %% ../../nbs/systems/40_cosmos.ipynb #c58
 def cosmos_space(plain=False): return "cosmos-autoencoder" + "-plain" * plain
 
 
@@ -549,7 +546,7 @@ def train_denoiser_of(study, folder, dropouts):
     parts = Corpus(study.batches["train"], None), study.encoder, open_space(study)
     return train_denoiser(*parts, dropouts, study.training("cosmos"), folder)[1]
 
-# %% ../../nbs/systems/40_cosmos.ipynb #c63
+# %% ../../nbs/systems/40_cosmos.ipynb #c59
 def cosmos_models(preset):
     "Spaces and denoiser of COSMOS."
     shared = dict(train=train_space_of, section="cosmos_autoencoder", sizes=("cosmos",), curves=("ce",))
