@@ -18,10 +18,10 @@ from latentrefine.recoverability import token_scores
 from latentrefine.refiner import DCLR, oracle
 from latentrefine.registry import FAMILIES, MAIN_RATE, SYSTEMS, load_chapters, models_of
 from latentrefine.study import EVALUATION_SEED, Study
-from latentrefine.systems import klflow
+from latentrefine.systems import cola, cola_study, cosmos, klflow
 from latentrefine.systems.klflow import generate
 from latentrefine.systems.lrd import LRDConfig, latent_refinements
-from latentrefine.training import Training
+from latentrefine.training import Training, read_model
 
 load_chapters()
 WITH_MODES = [name for name, entry in SYSTEMS.items() if len(entry.modes) > 1]
@@ -431,3 +431,115 @@ def test_interrupted_and_resumed_is_the_same(study, tmp_path, monkeypatch, way):
     assert (broken / "state.safetensors").exists() and not (broken / "config.json").exists()
     model.train(short, broken, **model.parameters)
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+# COSMOS and Cola DLM
+
+@pytest.mark.parametrize("name", ("base", "cpu"))
+def test_cosmos_and_cola_get_as_much_signal_as_the_aligner(name):
+    "As many training examples whose draft is read, and as many scored slots a step; both read half of the drafts."
+    training = load_preset(name).training
+    aligner = Training(**training["aligner"])
+    for section, fraction in (("cosmos", cosmos.DRAFTED), ("cola", cola.DRAFTED), ("cola_budget", cola.DRAFTED)):
+        own = Training(**training[section])
+        assert own.steps * own.batch * fraction == aligner.steps * aligner.batch, section
+    for section in ("cosmos_autoencoder", "cola_autoencoder", "cola"):
+        assert Training(**training[section]).slots == aligner.slots, section
+
+
+@pytest.mark.parametrize("module, names", ((cosmos, (cosmos.cosmos_space(), "cosmos")), (cola, ("cola-autoencoder", "cola"))),
+                         ids=("cosmos", "cola"))
+def test_stages_see_the_stories_in_different_orders(study, tmp_path, monkeypatch, module, names):
+    short, orders, rows_at = shortly(study, 2, tmp_path), {}, module.rows_at
+    for name in names:
+        seen = orders[name] = []
+        def recorded(*given):
+            seen.append(rows_at(*given))
+            return seen[-1]
+        monkeypatch.setattr(module, "rows_at", recorded)
+        model = models_of(study.preset)[name]
+        model.train(short, tmp_path / name, **model.parameters)
+    first, second = (torch.cat(orders[name]).tolist() for name in names)
+    assert len(first) == len(second) == 8 and len(set(first) & set(second)) < 4
+
+
+def test_cosmos_copies_latents_without_noise(systems):
+    "Whatever its weights; and the prediction shrinks to nothing of the input at full noise."
+    net, gen = systems["COSMOS"].net, torch.Generator().manual_seed(0)
+    z, memory = torch.randn(2, 8, 32, generator=gen), torch.randn(2, 16, 32, generator=gen)
+    def guess(z, t): return net(z, torch.full((2,), t), torch.zeros_like(z), memory, torch.ones(2, 16, dtype=torch.bool))
+    assert torch.equal(guess(z, 0.), z) and not torch.allclose(guess(z, .5), z, atol=.1)
+
+
+def test_cosmos_spaces_keep_the_size_of_a_latent_and_start_with_free_queries(study):
+    "No norm at the end of compressor, decompressor or token predictor; the objective alone makes a space."
+    config = cosmos.CosmosConfig(32, latents=8, depth=1, layers=2)
+    torch.manual_seed(0)
+    net, h = cosmos.SmoothAutoencoder(config, study.encoder.word_embeddings, study.kept), torch.randn(4, 32, 32)
+    mask = torch.ones(4, 32, dtype=torch.bool)
+    for x in (net.compressor(h, mask), net.decompressor(h[:, :8], mask[:, :8])):
+        assert x.square().mean(-1).std() > .01
+    decoder = net.frame.decoder
+    assert torch.allclose(decoder(2 * h) + decoder(0 * h), 2 * decoder(h), atol=1e-4)
+    assert config.linear_start == 0 and net.compressor.queries.std() < .03 and net.decompressor.queries.std() < .03
+    for preset in ("base", "cpu", "quick"): assert "linear_start" not in load_preset(preset).sizes["cosmos"]
+
+
+def test_cosmos_in_the_space_of_berts_states(study, tmp_path):
+    config = cosmos.CosmosConfig(32, latents=32, depth=0, layers=2)
+    short = shortly(study, 2, tmp_path).training("cosmos_variants")
+    corpus = Corpus(study.batches["train"], None)
+    net, _ = cosmos.train_smooth(corpus, study.encoder, config, study.kept, short, tmp_path / "space")
+    batch = study.drafts(0., count=4)
+    states = cosmos.text_states(study.encoder, batch.target_ids, batch.target_mask)
+    rebuilt = net.decode(net.encode(states, batch.target_mask))
+    assert torch.allclose(rebuilt[batch.target_mask], net.frame.project(states)[batch.target_mask], atol=1e-3)
+    with pytest.raises(StudyError, match="depth 0 needs 32"): cosmos.CosmosConfig(32, latents=8, depth=0)
+
+
+def test_the_guidance_of_cola_is_chosen_on_validation(study, systems):
+    "The best of a grid on validation drafts, kept with the model, and what the system is opened with."
+    config, system = read_model(study.model("cola"))[0], systems["Cola DLM"]
+    scores = {float(scale): score for scale, score in config["validation"].items()}
+    assert tuple(scores) == cola_study.GUIDANCES and system.guidance == config["guidance"] == cola_study.best_scale(scores)
+    again = cola_study.choose_guidance(replace(system, guidance=1.), cola_study.judging_drafts(study), study.seed)[1]
+    assert again == pytest.approx(scores, rel=1e-3)
+
+
+def test_a_cola_without_a_chosen_scale_is_refused(study, tiny_preset, tmp_path):
+    other = Study(tiny_preset, out=str(tmp_path))
+    vae, config = cola.load_vae(study.model("cola-autoencoder")), cola.ColaConfig(**study.sizes("cola"))
+    cola.train_cola(Corpus(study.batches["train"], None), vae, config, (0.,), Training(1, 4), other.model("cola"))
+    with pytest.raises(StudyError, match="no guidance scale was chosen"): SYSTEMS["Cola DLM"].open(other)
+
+
+def test_the_words_of_cola_start_as_the_encoders(study, tmp_path):
+    short, model = shortly(study, 1, tmp_path), models_of(study.preset)["cola-autoencoder"]
+    model.train(short, tmp_path / "vae", **model.parameters)
+    weights = read_model(tmp_path / "vae")[1]
+    start = cola.start_words(study.encoder.word_embeddings, weights["kept"], study.sizes("cola")["width"])
+    assert (weights["words.weight"] - start).abs().max() < .02 < start.std()
+
+
+def test_the_first_words_of_cola_keep_distances():
+    "On the first principal axes; dimensions beyond the encoder's are zero."
+    matrix = torch.randn(50, 6, generator=torch.Generator().manual_seed(2)) * torch.arange(6, 0, -1) + 3
+    kept = torch.arange(5, 45)
+    for width in (6, 4, 8):
+        found = cola.start_words(matrix, kept, width)
+        ratio = torch.pdist(found) / torch.pdist(matrix[kept])
+        assert found.shape == (40, width) and ratio.std() < (1e-4 if width > 5 else .1) * ratio.mean()
+    started = cola.TextVAE(cola.ColaConfig(width=8, heads=2), kept, found)
+    assert torch.equal(started.words.weight, found) and torch.equal(started.head.weight, found / 8 ** .5)
+
+
+def test_the_budget_curve_of_cola(study):
+    "One model for each budget, at the first seed; the first is the study's own where both have the same training."
+    for name, first in (("base", "cola"), ("cpu", "cola"), ("quick", "cola-x1")):
+        preset = load_preset(name)
+        names = [cola_study.budget_name(preset, times) for times in cola_study.BUDGETS]
+        assert names == [first, "cola-x4", "cola-x8"]
+        assert all(models_of(preset)[one].first_seed == (one != "cola") for one in names)
+    steps = [read_model(study.model(cola_study.budget_name(study.preset, n)))[0]["training"]["steps"] for n in cola_study.BUDGETS]
+    assert steps == [3, 12, 24]
+    assert cola_study.open_cola(study, 8).nets["prior"].config == cola_study.open_cola(study).nets["prior"].config

@@ -187,7 +187,6 @@ def open_smooth_refiner(study):
     nets = load_refiner(study.model("cosmos-refiner"), study.encoder)
     return SmoothRefiner(study.encoder, open_space(study), nets)
 
-
 # %% ../../nbs/systems/44_smooth_refiner.ipynb #c24
 register_models(refiner_models, ("refiner",))
 register_system(SystemEntry(
