@@ -69,7 +69,7 @@ def measure(logits_of, batch, states=None, project=None):
         out = logits_of(part)
         scores.add(out.logits, part.target_ids.to(out.logits.device), part.target_mask.to(out.logits.device))
         passes += out.nfe * len(part)
-        if out.latents is not None:
+        if states is not None and out.latents is not None:
             latents.append(out.latents.cpu()[part.target_mask])      # valid slots alone
     low, high = scores.interval("target_probability")
     nfe = passes // len(batch) if passes % len(batch) == 0 else passes / len(batch)

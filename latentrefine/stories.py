@@ -6,8 +6,9 @@
 __all__ = ['SENTENCES', 'LAYOUTS', 'RECORDS', 'HUB_ID', 'EMBEDDED', 'story_error', 'Story', 'split_sentences', 'from_columns',
            'sentences_of', 'to_story', 'read_lines', 'check_header', 'field_error', 'refuse', 'csv_records',
            'json_records', 'text_records', 'records_reader', 'file_stories', 'hub_stories', 'embedded_stories',
-           'read_stories', 'words', 'near_duplicate', 'near_duplicate_pairs', 'text_hash', 'duplicate_groups',
-           'split_stories', 'pad_rows', 'word_pieces', 'to_slots', 'slot_stories', 'from_slots', 'describe']
+           'read_stories', 'words', 'shingle_ids', 'near_duplicate', 'near_duplicate_pairs', 'text_hash',
+           'duplicate_groups', 'split_stories', 'pad_rows', 'word_pieces', 'to_slots', 'slots_of', 'slot_stories',
+           'from_slots', 'describe']
 
 # %% ../nbs/01_stories.ipynb #c02
 import csv
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import sentencex
 import torch
 
@@ -260,43 +262,53 @@ def words(story):
     return tuple(re.findall(r"\w+", story.text.lower().replace("'", "").replace("’", "")))
 
 
+def shingle_ids(words, numbers):
+    "The runs of three words as distinct, sorted int64; `numbers` (word: number) takes in new words."
+    ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)
+    return np.unique((ids[:-2] << 42) + (ids[1:-1] << 21) + ids[2:])      # up to two million words
+
+
 def near_duplicate(a, b):
-    "Whether two shingle sets have a Jaccard similarity of 3/5 or more."
-    both = len(a & b)
+    "Whether two shingle sets, arrays of distinct integers, have a Jaccard similarity of 3/5 or more."
+    both = len(np.intersect1d(a, b, assume_unique=True))
     return 5 * both >= 3 * (len(a) + len(b) - both)
 
-
+# %% ../nbs/01_stories.ipynb #c36
 def near_duplicate_pairs(sets):
     "Yield all index pairs (i, j), j < i, of near-duplicate shingle sets, by prefix filtering."
-    owners = Counter(shingle for s in sets for shingle in s)
-    rank = {shingle: r for r, shingle in enumerate(sorted(owners, key=owners.get))}
+    known, owners = np.unique(np.concatenate([*sets, np.array([], np.int64)]), return_counts=True)
     earlier = defaultdict(list)
     for i, shingles in enumerate(sets):
-        rare = sorted(shingles, key=rank.get)[:2 * len(shingles) // 5 + 1]
-        rare = [s for s in rare if owners[s] > 1]
+        count = owners[np.searchsorted(known, shingles)]
+        order = np.lexsort((shingles, count))               # ties by number: one order for all stories
+        first = order[:2 * len(shingles) // 5 + 1]
+        rare = shingles[first][count[first] > 1].tolist()
         candidates = {j for s in rare for j in earlier[s]}
         yield from ((i, j) for j in candidates if near_duplicate(shingles, sets[j]))
         for s in rare: earlier[s].append(i)
 
-# %% ../nbs/01_stories.ipynb #c37
+# %% ../nbs/01_stories.ipynb #c38
 def text_hash(words): return hashlib.blake2b(" ".join(words).encode(), digest_size=16).hexdigest()
 
 
 def duplicate_groups(stories):
     "The hash (32 hex digits) of the representative of each story's group of near-duplicates."
-    texts = [words(s) for s in stories]
-    distinct = sorted((text_hash(t), t) for t in set(texts))
+    sets, numbers, hashes = {}, {}, []
+    for text in map(words, stories):
+        hashes.append(text_hash(text))
+        if hashes[-1] not in sets: sets[hashes[-1]] = shingle_ids(text, numbers)
+    distinct = sorted(sets)
     parent = list(range(len(distinct)))    # each points to a smaller index of its group, or to itself
     def root(i):
         while parent[i] != i: parent[i] = i = parent[parent[i]]
         return i
-    for i, j in near_duplicate_pairs([frozenset(zip(t, t[1:], t[2:])) for _, t in distinct]):
+    for i, j in near_duplicate_pairs([sets[digest] for digest in distinct]):
         low, high = sorted((root(i), root(j)))
         parent[high] = low
-    group = {t: distinct[root(i)][0] for i, (_, t) in enumerate(distinct)}
-    return [group[t] for t in texts]
+    group = {digest: distinct[root(i)] for i, digest in enumerate(distinct)}
+    return [group[digest] for digest in hashes]
 
-# %% ../nbs/01_stories.ipynb #c38
+# %% ../nbs/01_stories.ipynb #c39
 def split_stories(stories):
     "About 80/10/10 of the stories as train, validation, test, in the order of their groups' hashes."
     split = {"train": [], "validation": [], "test": []}
@@ -306,7 +318,7 @@ def split_stories(stories):
         split["train" if position < .8 else "validation" if position < .9 else "test"].append(story)
     return split
 
-# %% ../nbs/01_stories.ipynb #c42
+# %% ../nbs/01_stories.ipynb #c43
 def pad_rows(rows, width):
     "Lists of ids as ids [n, width], int64, and mask [n, width], bool; longer rows are truncated."
     ids = torch.full((len(rows), width), PAD)
@@ -318,17 +330,25 @@ def word_pieces(texts, tokenizer):
     "The word piece ids of each text, without special tokens."
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
 
-
-def to_slots(texts_prompt, texts_target, tokenizer):
+# %% ../nbs/01_stories.ipynb #c44
+def to_slots(texts_prompt, texts_target, tokenizer, size=1000):
     """(prompt_ids, prompt_mask, target_ids, target_mask), each [n, 32], and truncated [n].
 
-    `truncated` is True where the target and its end marker did not fit."""
+    `truncated` is True where the target and its end marker did not fit. The tokenizer, whose results take
+    a hundred times the memory of the slots, gets `size` texts at a time."""
+    parts = [slots_of(texts_prompt[i:i + size], texts_target[i:i + size], tokenizer)
+             for i in range(0, len(texts_prompt) or 1, size)]
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def slots_of(texts_prompt, texts_target, tokenizer):
+    "`to_slots` of texts that are tokenized together."
     prompts = [[CLS, *row[:PROMPT_SLOTS - 2], SEP] for row in word_pieces(texts_prompt, tokenizer)]
     targets = [[*row, SEP] for row in word_pieces(texts_target, tokenizer)]
     truncated = torch.tensor([len(row) > TARGET_SLOTS for row in targets], dtype=torch.bool)
     return *pad_rows(prompts, PROMPT_SLOTS), *pad_rows(targets, TARGET_SLOTS), truncated
 
-# %% ../nbs/01_stories.ipynb #c43
+# %% ../nbs/01_stories.ipynb #c45
 def slot_stories(stories, tokenizer):
     "`to_slots` of the stories' prompts and targets."
     return to_slots([s.prompt for s in stories], [s.target for s in stories], tokenizer)
@@ -339,7 +359,7 @@ def from_slots(ids, tokenizer):
     rows = [row[:row.index(SEP)] if SEP in row else row for row in ids.tolist()]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-# %% ../nbs/01_stories.ipynb #c47
+# %% ../nbs/01_stories.ipynb #c49
 def describe(stories, tokenizer):
     "Counts and fractions that characterise a corpus, a dict: repetition, vocabulary, lengths and truncation."
     prompts = word_pieces([s.prompt for s in stories], tokenizer)

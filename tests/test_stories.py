@@ -12,7 +12,8 @@ import torch
 
 from latentrefine.core import CLS, SEP, StudyError
 from latentrefine.stories import (Story, describe, duplicate_groups, embedded_stories, from_slots, near_duplicate,
-                                  read_stories, slot_stories, split_sentences, split_stories, to_slots, words)
+                                  read_stories, shingle_ids, slot_stories, split_sentences, split_stories,
+                                  to_slots, words)
 
 HEADER = "storyid,storytitle,sentence1,sentence2,sentence3,sentence4,sentence5"
 TWO = [("Ana lost a glove.", "It was warm, and \"new\".", "She walked back.", "A dog had it.", "She laughed."),
@@ -163,7 +164,10 @@ def test_hub(monkeypatch):
     with pytest.raises(StudyError, match="train, row 1"): read_stories("rocstories")
 
 
-def shingles(story): return frozenset(zip(words(story), words(story)[1:], words(story)[2:]))
+NUMBERS = {}
+
+
+def shingles(story): return shingle_ids(words(story), NUMBERS)
 
 
 def retold(story, number):
