@@ -22,8 +22,8 @@ from .autoencoder import draft_latents, load_autoencoder
 from .core import MASK, PAD, SEP, TARGET_SLOTS, RefineOutput, autocast, device, write_text
 from .drafts import pack
 from .encoder import LAYERS, Encoder
-from .realign import Alignment, best_gaps, expand_gaps
-from .realign import gaps_of, hard_alignment, places_of, realign
+from .realign import Alignment, best_gaps, expand_gaps, likeliest_gaps
+from .realign import gaps_of, hard_alignment, realign
 from .refiner import LatentSystem, fit_autoencoder, read_parts, save_autoencoder
 from .training import save_model
 
@@ -89,7 +89,7 @@ def find_gaps(system, batch):
     with autocast(system.encoder.precision): log_gaps, fill = system.aligner(batch)
     soft = alignment_of(log_gaps, batch)
     if system.variant == "tagger":
-        gaps = log_gaps.argmax(-1).where(places_of(batch.draft_mask, has_end_marker(batch)), 0)
+        gaps = likeliest_gaps(log_gaps, batch.draft_mask, has_end_marker(batch), known_length(batch))
     else: gaps = gaps_to_fill(soft, batch, system.unchanged_threshold)
     masked = hard_alignment(given, batch.draft_mask, fill.shape[2])
     gaps = torch.where(has_masks[:, None], given, gaps)
@@ -240,8 +240,8 @@ def realigned_models(preset):
 def register_realigned(name, variant, description, **more):
     "Register a variant of the re-aligned system."
     def opened(study, **options): return open_realigned(study, name, variant, **options)
-    uses = ("draft",) if variant == "tagger" else ("draft", "length")
-    register_system(SystemEntry(name, "re-aligned", description, opened, realigned_models, uses=uses, **more))
+    register_system(SystemEntry(name, "re-aligned", description, opened, realigned_models,
+                                uses=("draft", "length"), **more))
 
 
 register_realigned("re-aligned", "re-encoded",
