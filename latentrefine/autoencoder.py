@@ -187,8 +187,9 @@ def train_autoencoder_of(study, folder, width, layers=LAYERS[0]):
     return train_autoencoder(study.corpus(), study.encoder, config, study.kept, training, folder)[1]
 
 
-def open_autoencoder(study, width=None, layers=LAYERS[0]):
-    "The autoencoder of a study, at full width unless `width` is given."
+def open_autoencoder(study, width=None, layers=None):
+    "The autoencoder of a study, at full width and on the study's own layers unless they are given."
+    layers = layers or study.layers
     folder = study.model(autoencoder_name(width or study.full, layers))
     return load_autoencoder(folder, study.encoder.with_layers(layers), width=width or study.full)
 

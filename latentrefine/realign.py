@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG_ZERO', 'gaps_of', 'places_of', 'total_weights', 'mask_gaps', 'shift_counts', 'gap_posterior', 'Alignment',
-           'select_counts', 'align', 'realign', 'trace_back', 'best_gaps', 'hard_alignment', 'expand_gaps']
+           'select_counts', 'align', 'realign', 'trace_back', 'fill_up', 'best_gaps', 'likeliest_gaps',
+           'hard_alignment', 'expand_gaps']
 
 # %% ../nbs/26_realign.ipynb #c02
 from dataclasses import dataclass
@@ -149,6 +150,13 @@ def trace_back(best, choices):
         count = count - path[-1]
     return torch.cat(path[::-1], 1)
 
+
+def fill_up(gaps, mask, ended, length):
+    "Gaps [batch, slots + 1], with what is missing up to `length` after the last token of drafts without end."
+    have = mask.sum(1)
+    left = (length - have - gaps.sum(1)).clamp(min=0).where(~ended, 0)
+    return gaps.scatter_add(1, have[:, None], left[:, None])
+
 # %% ../nbs/26_realign.ipynb #c27
 @torch.no_grad()
 def best_gaps(alignment, mask, ended, length):
@@ -168,12 +176,26 @@ def best_gaps(alignment, mask, ended, length):
         best, choice = steps.max(0)
         choices.append(choice)
         best = best + hits[:, i] * mask[:, i, None]
-    gaps = F.pad(trace_back(best, choices).where(mask, 0), (0, 1))
-    have = mask.sum(1)
-    left = (length - have - gaps.sum(1)).clamp(min=0).where(~ended, 0)
-    return gaps.scatter_add(1, have[:, None], left[:, None])
+    return fill_up(F.pad(trace_back(best, choices).where(mask, 0), (0, 1)), mask, ended, length)
 
 # %% ../nbs/26_realign.ipynb #c28
+@torch.no_grad()
+def likeliest_gaps(gaps, mask, ended, length):
+    """Gaps [batch, slots + 1] of the most probable alignment whose total the length allows.
+
+    gaps: log-probabilities [batch, slots + 1, max_gap + 1]; mask, ended, length: as in `align`. Each place is
+    predicted on its own: no sum over alignments, but the same `total_weights` as the posterior.
+    """
+    places, max_gap = places_of(mask, ended), gaps.shape[-1] - 1
+    gaps, weights, choices = mask_gaps(gaps, places), total_weights(places, mask, length, max_gap), []
+    best = torch.full_like(weights, LOG_ZERO).index_fill(-1, torch.tensor(0, device=weights.device), 0.)
+    for i in range(gaps.shape[1]):
+        steps = torch.stack([shift_counts(best, k) + gaps[:, i, k, None] for k in range(max_gap + 1)])
+        best, choice = steps.max(0)
+        choices.append(choice)
+    return fill_up(trace_back(best + weights, choices), mask, ended, length)
+
+# %% ../nbs/26_realign.ipynb #c29
 def hard_alignment(gaps, mask, max_gap=3):
     """The `Alignment` with probability 1 on the given gaps [batch, slots + 1].
 
@@ -187,7 +209,7 @@ def hard_alignment(gaps, mask, max_gap=3):
     fills = F.one_hot(rank.clamp(0, max_gap - 1), max_gap) * inside[..., None]
     return Alignment(reads.float(), fills.float())
 
-# %% ../nbs/26_realign.ipynb #c33
+# %% ../nbs/26_realign.ipynb #c35
 def expand_gaps(ids, mask, gaps):
     """(ids, mask), each [batch, slots], of drafts with every token on its own slot and [MASK] in the gaps.
 

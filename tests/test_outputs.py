@@ -80,7 +80,7 @@ SEEDED = {"table2": ("system", "width", "dropout"), "table3": ("system",), "tabl
           "cola": ("part", "system", "steps", "guidance", "noise", "given", "mode"),
           "claims": ("claim", "system", "width", "scale", "reading", "layers")}
 TEXTS = ("draft", "real targets", "other targets")      # rows of text that nothing was trained for
-FIRST_SEED_PARTS = ("slots", "cost", "learning", "leave")
+FIRST_SEED_PARTS = ("slots", "cost", "learning", "leave", "latents")
 
 
 @pytest.mark.parametrize("run, name", [(run, name) for run in RUNS for name in SEEDED if name in MADE[run]])

@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latentrefine.aligner import aligner_name, threshold_of
 from latentrefine.autoencoder import open_autoencoder
 from latentrefine.core import CLS, MASK, MODES, PAD, SEP, UNK, VOCAB, StudyError
 from latentrefine.draft_prior import training_batch
 from latentrefine.encoder import Corpus
 from latentrefine.measure import shares_latents
 from latentrefine.presets import load_preset
+from latentrefine.realigned import open_mixed
 from latentrefine.recoverability import token_scores
 from latentrefine.refiner import DCLR, oracle
 from latentrefine.registry import FAMILIES, MAIN_RATE, SYSTEMS, load_chapters, models_of
@@ -302,6 +304,54 @@ def test_a_kept_context_changes_nothing(systems, drafts, mode, monkeypatch):
     monkeypatch.setattr(klflow.Denoiser, "forward", uncached)
     again = system.slot_logits(drafts, 3, 1)
     assert len(calls) == 1 + again.nfe and torch.equal(again.logits, kept.logits)
+
+
+@pytest.mark.parametrize("name", REALIGNING)
+def test_every_aligner_gets_the_same_length_facts(systems, study, name):
+    "A known length changes what a tagger inserts just as it changes the posterior; a cut draft's length is inferred."
+    assert "length" in SYSTEMS[name].uses
+    drafts, hidden = study.drafts(.15, count=12), torch.zeros(12, dtype=torch.long)
+    have, length = drafts.draft_mask.sum(1), drafts.target_mask.sum(1)
+    totals = {}
+    for case, batch in dict(hidden=replace(drafts, length=hidden), unknown=drafts, known=drafts.with_known_length()).items():
+        _, soft, gaps, _ = systems[name].find(batch)
+        totals[case] = have + gaps.sum(1)
+        if case == "known": assert torch.allclose(soft.within.sum(1), length.float(), atol=1e-3)
+    cut = ~((drafts.draft_ids == SEP) & drafts.draft_mask).any(1)
+    assert cut.any() and not torch.equal(totals["hidden"], totals["known"])
+    if systems[name].variant == "tagger": assert torch.equal(totals["known"], length)
+    assert torch.equal(totals["known"][cut], length[cut]) and (totals["unknown"][cut] == 32).all()
+
+
+def test_the_control_copies_a_clean_draft(systems, study):
+    "Direct prediction is not charged with tokens that the draft already has in their slots."
+    control, clean = systems["parallel transformer"], study.drafts(0., count=6)
+    probability = control.slot_logits(clean, 0, 1).logits.exp().gather(-1, clean.target_ids[..., None])[..., 0]
+    assert probability[clean.target_mask].mean() > .8
+    displaced = replace(clean, draft_ids=clean.draft_ids.roll(1, 1))       # what it copies is the draft, not the target
+    other = control.slot_logits(displaced, 0, 1).logits.exp().gather(-1, clean.target_ids[..., None])[..., 0]
+    assert other[clean.target_mask].mean() < .5
+
+
+def test_the_threshold_is_selected_once_on_validation_drafts(study, systems, monkeypatch):
+    "The first opening selects it by its rule and writes it beside the aligner; later ones read no draft."
+    folder, opened = study.model(aligner_name(study.full)), systems["re-aligned"]
+    asked, drafts = [], study.drafts
+    monkeypatch.setattr(study, "drafts", lambda *args, **more: asked.append((*args, *more.values())) or drafts(*args, **more))
+    assert threshold_of(study, opened.aligner, folder) == opened.unchanged_threshold and not asked
+    (folder / "threshold.json").unlink()
+    assert threshold_of(study, opened.aligner, folder) == opened.unchanged_threshold
+    assert {one[1] for one in asked} == {"validation"} and {one[0] for one in asked} == {0., MAIN_RATE}
+
+
+def test_the_report_on_the_latents_of_the_aligner(study, systems, drafts):
+    "Same latents, same decoder: without its networks the control is the re-aligned refiner's own no-op."
+    for name in ("DraftPrior", "full"):
+        control = open_mixed(study, name)
+        assert control.layers == systems["re-aligned"].layers != systems[name].layers
+        assert control.moves == systems[name].moves and control.name.startswith(name)
+        theirs, own = (system.autoencoder.state_dict() for system in (systems["re-aligned"], control))
+        assert all(torch.equal(theirs[key], own[key]) for key in theirs)
 
 
 def test_no_steps_of_a_flow_are_its_start(study, systems, drafts):
