@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COPY_BIAS', 'ParallelTransformer', 'open_slots', 'copy_weights', 'mix_copies', 'copy_loss', 'train_parallel',
-           'load_parallel', 'parallel_output', 'ParallelInference', 'Parallel', 'train_parallel_of', 'parallel_models',
-           'open_parallel']
+           'network_config', 'load_parallel', 'parallel_output', 'ParallelInference', 'Parallel', 'train_parallel_of',
+           'parallel_models', 'open_parallel']
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c02
 import json
@@ -33,11 +33,11 @@ COPY_BIAS = 2.      # of the gate before training: it copies with probability .8
 class ParallelTransformer(nn.Module):
     """A batch to states [batch, 32, width] of its target slots and log weights of the copy path.
 
-    `reader`, a trainable copy of the decoder, predicts tokens from the states.
+    `reader`, a trainable copy of the decoder, predicts tokens from the states. `depth`: as of the aligner.
     """
-    def __init__(self, bert, autoencoder):
+    def __init__(self, bert, autoencoder, depth=0):
         super().__init__()
-        self.bert, width = trainable_copy(bert), autoencoder.config.width
+        self.bert, width = trainable_copy(bert, depth), autoencoder.config.width
         self.reader = copy_decoder(autoencoder.decoder, width).requires_grad_(True)
         self.gate = nn.Linear(width, 1)
         nn.init.zeros_(self.gate.weight); nn.init.constant_(self.gate.bias, COPY_BIAS)
@@ -85,12 +85,12 @@ def copy_loss(net, batch, count, gen):
     return -log.mean(), log.detach().exp().mean().item()
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c11
-def train_parallel(corpus, encoder, autoencoder, dropouts, training, folder):
+def train_parallel(corpus, encoder, autoencoder, dropouts, training, folder, depth=0):
     """Train the transformer on drafts of `corpus` at the given dropout rates; returns (frozen model, curve).
 
     Saved in `folder`, where training resumes."""
     torch.manual_seed(training.seed)
-    net = ParallelTransformer(encoder.model, autoencoder).to(device())
+    net = ParallelTransformer(encoder.model, autoencoder, depth).to(device())
     def loss_at(step):
         batch, rate = corpus.batch.rows(rows_at(step, len(corpus), training)), dropouts[step % len(dropouts)]
         batch = with_drafts(batch, rate, generator(training.seed, "draft", "train", step)).to(device())
@@ -100,14 +100,19 @@ def train_parallel(corpus, encoder, autoencoder, dropouts, training, folder):
         return loss, dict(ce=loss.item(), target_probability=probability)
     label = f"parallel transformer at {', '.join(f'{p:.0%}' for p in dropouts)}"
     curve = fit(net, loss_at, training, folder, label)
-    config = {"encoder_digest": encoder.digest, "dropouts": list(dropouts)}
+    config = {**network_config(net, encoder), "dropouts": list(dropouts)}
     return finish(folder, net, config, training, curve), curve
+
+
+def network_config(net, encoder):
+    return {"encoder_digest": encoder.digest, "depth": len(net.bert.encoder.layer)}
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c12
 def load_parallel(folder, encoder, autoencoder):
     "The frozen transformer saved in `folder`; StudyError if absent, damaged or of another encoder."
-    _, weights = read_model(folder, encoder_digest=encoder.digest)
-    return load_weights(ParallelTransformer(encoder.model, autoencoder), weights, folder)
+    config, weights = read_model(folder, encoder_digest=encoder.digest)
+    net = ParallelTransformer(encoder.model, autoencoder, config.get("depth", 0))
+    return load_weights(net, weights, folder)
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c14
 @torch.no_grad()
@@ -157,7 +162,7 @@ class Parallel(ParallelInference):
 
     def save(self, folder):
         save_autoencoder(self, Path(folder))
-        save_model(Path(folder) / "parallel", self.net, {"encoder_digest": self.encoder.digest})
+        save_model(Path(folder) / "parallel", self.net, network_config(self.net, self.encoder))
         write_text(Path(folder) / "parts.json", json.dumps(dict(name=self.name, parts=["parallel"])))
 
     def load(self, folder):
@@ -175,14 +180,15 @@ from ..registry import Model, SystemEntry, draft_rates, register_models, registe
 def train_parallel_of(study, folder, dropouts):
     "Train the parallel transformer of a study; returns its curve."
     corpus, training = Corpus(study.batches["train"], None), study.training("aligner")
-    return train_parallel(corpus, study.encoder, open_autoencoder(study), dropouts, training, folder)[1]
+    given = corpus, study.encoder, open_autoencoder(study), dropouts, training, folder
+    return train_parallel(*given, study.sizes("aligner").get("depth") or 0)[1]
 
 
 def parallel_models(preset):
     "The parallel transformer of a preset, which starts from the decoder of the autoencoder."
     full = preset.widths[0]
-    return [Model(f"parallel-{full}", "parallel", train_parallel_of, "aligner", (), (autoencoder_name(full),),
-                  dict(dropouts=draft_rates(preset)), ("target_probability",))]
+    return [Model(f"parallel-{full}", "parallel", train_parallel_of, "aligner", ("aligner",),
+                  (autoencoder_name(full),), dict(dropouts=draft_rates(preset)), ("target_probability",))]
 
 
 def open_parallel(study):
@@ -196,6 +202,7 @@ register_models(parallel_models, ("aligner",))
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c25
 register_system(SystemEntry(
-    "parallel transformer", "baseline", "emits or copies all target tokens at once, without latents", open_parallel,
+    "parallel transformer", "baseline", "emits or copies all target tokens at once, without latents",
+                            open_parallel,
     lambda preset: (autoencoder_name(preset.widths[0]), f"parallel-{preset.widths[0]}"),
     colour="tab:cyan", compared=True, uses=("draft", "length")))
