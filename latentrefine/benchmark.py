@@ -8,7 +8,6 @@ __all__ = ['COUNTED', 'TIMED', 'gemm_peak', 'seconds_of', 'OperationCounter', 'o
            'benchmark', 'benchmark_command']
 
 # %% ../nbs/66_benchmark.ipynb #c02
-import platform
 import time
 from pathlib import Path
 

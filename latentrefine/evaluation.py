@@ -137,7 +137,6 @@ def evaluate(study, source, dropout=MAIN_RATE, name="re-aligned", limit=None, st
     if not 0 <= dropout <= 1:
         raise StudyError(f"dropout {dropout}: a rate between 0 and 1 is needed, such as 0.05")
     own = named_own_system(name) if ".py" in name else {}
-    study.encoder = study.cached_encoder
     systems = compared_systems(study, "re-aligned" if own else name, dropout)
     systems.update(own)
     stories, left_out, skipped = unseen_stories(study, source, limit, strict)

@@ -10,6 +10,7 @@ __all__ = ['INSERTED', 'SUBSTITUTED', 'WITH_METRIC', 'WITH_HEAD', 'REPORT', 'ref
            'train_head_of', 'head_models', 'report_models', 'open_report', 'register_report', 'open_gaussian']
 
 # %% ../nbs/30_refiner.ipynb #c02
+import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -329,8 +330,9 @@ def head_name(width, dropout, with_metric=False):
 
 def train_head_of(study, folder, with_metric):
     "Train an auxiliary head of a study at 5 %; returns its curve."
-    study.encoder = study.cached_encoder      # the drafts are those on which the flow was trained
-    system = open_report(study, "metric + OT" if with_metric else "local flow")
+    own = copy.copy(study)
+    own.encoder = study.cached_encoder        # the drafts are those on which the flow was trained
+    system = open_report(own, "metric + OT" if with_metric else "local flow")
     config, steps = ReadoutConfig(study.full, **study.sizes("head")), system.flow.config.train_steps
     def refined(batch): return system.latents(batch, steps)[1]
     training = study.training("head")

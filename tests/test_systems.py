@@ -490,7 +490,7 @@ def test_cosmos_and_cola_get_as_much_signal_as_the_aligner(name):
     "As many training examples whose draft is read, and as many scored slots a step; both read half of the drafts."
     training = load_preset(name).training
     aligner = Training(**training["aligner"])
-    for section, fraction in (("cosmos", cosmos.DRAFTED), ("cola", cola.DRAFTED), ("cola_budget", cola.DRAFTED)):
+    for section, fraction in (("cosmos", cosmos.DRAFTED), ("cola", cola.DRAFTED)):
         own = Training(**training[section])
         assert own.steps * own.batch * fraction == aligner.steps * aligner.batch, section
     for section in ("cosmos_autoencoder", "cola_autoencoder", "cola"):
@@ -584,12 +584,11 @@ def test_the_first_words_of_cola_keep_distances():
 
 
 def test_the_budget_curve_of_cola(study):
-    "One model for each budget, at the first seed; the first is the study's own where both have the same training."
-    for name, first in (("base", "cola"), ("cpu", "cola"), ("quick", "cola-x1")):
-        preset = load_preset(name)
-        names = [cola_study.budget_name(preset, times) for times in cola_study.BUDGETS]
-        assert names == [first, "cola-x4", "cola-x8"]
-        assert all(models_of(preset)[one].first_seed == (one != "cola") for one in names)
-    steps = [read_model(study.model(cola_study.budget_name(study.preset, n)))[0]["training"]["steps"] for n in cola_study.BUDGETS]
-    assert steps == [3, 12, 24]
-    assert cola_study.open_cola(study, 8).nets["prior"].config == cola_study.open_cola(study).nets["prior"].config
+    "Models with an eighth and half of the steps, at the first seed; the largest budget is the study's own model."
+    names = [cola_study.budget_name(times) for times in cola_study.BUDGETS]
+    assert names == ["cola-1of8", "cola-4of8", "cola"]
+    assert [models_of(study.preset)[one].first_seed for one in names] == [True, True, False]
+    steps = [read_model(study.model(name))[0]["training"]["steps"] for name in names]
+    whole = study.preset.training["cola"]["steps"]
+    assert steps == [max(1, whole // 8), whole // 2, whole]
+    assert cola_study.open_cola(study, 1).nets["prior"].config == cola_study.open_cola(study).nets["prior"].config

@@ -40,13 +40,12 @@ def choose_guidance(system, batch, seed=0):
     return best_scale(scores), scores
 
 # %% ../../nbs/systems/45_cola_study.ipynb #c11
-BUDGETS = (1, 4, 8)         # multiples of the steps of the second stage
+BUDGETS = (1, 4, 8)         # multiples of the smallest budget; the last is the model itself
 
 
-def budget_name(preset, times):
-    "Name of the model of the budget curve with `times` the steps of the second stage."
-    same = preset.training["cola_budget"] == preset.training["cola"]
-    return "cola" if times == 1 and same else f"cola-x{times}"
+def budget_name(times):
+    "Name of the model of the budget curve with `times` the smallest budget."
+    return "cola" if times == BUDGETS[-1] else f"cola-{times}of{BUDGETS[-1]}"
 
 
 def train_vae_of(study, folder, dropouts):
@@ -62,12 +61,12 @@ def judging_drafts(study):
     return study.drafts(MAIN_RATE, "validation", count)
 
 # %% ../../nbs/systems/45_cola_study.ipynb #c12
-def train_cola_of(study, folder, dropouts, part="cola", times=1):
-    """Train the prior of Cola DLM of a study, and its autoencoder with it, for `times` the steps of the
-    section `part`; choose its guidance scale on validation drafts; returns the curve."""
+def train_cola_of(study, folder, dropouts, times=BUDGETS[-1]):
+    """Train the prior of Cola DLM of a study, and its autoencoder with it, for `times` the smallest budget;
+    choose its guidance scale on validation drafts; returns the curve."""
     corpus, config = Corpus(study.batches["train"], None), ColaConfig(**study.sizes("cola"))
-    training, judging = study.training(part), judging_drafts(study)
-    training = replace(training, steps=times * training.steps)
+    training, judging = study.training("cola"), judging_drafts(study)
+    training = replace(training, steps=max(1, times * training.steps // BUDGETS[-1]))
     def choose(nets): return choose_guidance(Cola(study.encoder, nets), judging, study.seed)
     vae = load_vae(study.model("cola-autoencoder"))
     return train_cola(corpus, vae, config, dropouts, training, folder, choose)[1]
@@ -76,19 +75,18 @@ def train_cola_of(study, folder, dropouts, part="cola", times=1):
 def cola_models(preset):
     "Autoencoder and prior of Cola DLM, and its budget curve."
     vae, needs, given = "cola-autoencoder", ("cola-autoencoder",), dict(dropouts=draft_rates(preset))
-    def model(name, group, section, **more):
-        return Model(name, group, train_cola_of, section, ("cola",), needs, given | more, ("flow", "ce"),
-                     first_seed=bool(more))
-    curve = [model(name, "cola-budget", "cola_budget", part="cola_budget", times=times)
-             for times in BUDGETS if (name := budget_name(preset, times)) != "cola"]
+    def model(times):
+        group = "cola" if times == BUDGETS[-1] else "cola-budget"
+        parameters = given | dict(times=times)
+        return Model(budget_name(times), group, train_cola_of, "cola", ("cola",), needs, parameters,
+                     ("flow", "ce"), first_seed=group != "cola")
     return [Model(vae, vae, train_vae_of, "cola_autoencoder", ("cola",), (), given, ("ce",)),
-            model("cola", "cola", "cola"), *curve]
+            *map(model, reversed(BUDGETS))]
 
 # %% ../../nbs/systems/45_cola_study.ipynb #c13
-def open_cola(study, times=0):
-    """Cola DLM of a study with its chosen guidance scale; `times`: the model of the budget curve with that
-    multiple of the steps, 0 for the study's own."""
-    folder = study.model(budget_name(study.preset, times) if times else "cola")
+def open_cola(study, times=BUDGETS[-1]):
+    "Cola DLM of a study with its chosen guidance scale; `times`: its budget, the study's own by default."
+    folder = study.model(budget_name(times))
     nets, config = load_cola(folder), read_model(folder)[0]
     if "guidance" not in config:
         raise StudyError(f"model {folder}: no guidance scale was chosen for it; delete the folder, then "
@@ -96,7 +94,7 @@ def open_cola(study, times=0):
     return Cola(study.encoder, nets, guidance=config["guidance"])
 
 
-SECTIONS = ("cola_autoencoder", "cola", "cola_budget", "cola_variants")
+SECTIONS = ("cola_autoencoder", "cola", "cola_variants")
 register_models(cola_models, SECTIONS, {"cola": ColaConfig})
 register_system(SystemEntry(
     "Cola DLM", "peer", "a causal latent per token and a prior that generates them block by block", open_cola,
