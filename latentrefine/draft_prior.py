@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PriorLayer', 'DraftPriorConfig', 'CorrectionNet', 'DraftPrior', 'latent_losses', 'start_loss', 'start_latents',
-           'training_batch', 'train_prior', 'load_prior', 'prior_name', 'train_prior_of', 'prior_models']
+           'training_batch', 'without_draft', 'train_prior', 'load_prior', 'prior_name', 'train_prior_of',
+           'train_prompt_prior_of', 'prior_models']
 
 # %% ../nbs/21_draft_prior.ipynb #c02
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import nn
 
 from .autoencoder import draft_latents, target_latents, token_loss
 from .blocks import Attention, position_features
-from .core import TARGET_SLOTS, device, generator
+from .core import MASK, TARGET_SLOTS, device, generator
 from .drafts import with_drafts
 from .training import config_of, finish, fit, load_weights, read_model, rows_at
 
@@ -112,7 +113,13 @@ def training_batch(corpus, training, dropouts, step):
     drafts = with_drafts(batch.to("cpu"), rate, generator(training.seed, "draft", "train", step))
     return drafts.to(device()), states
 
-# %% ../nbs/21_draft_prior.ipynb #c19
+# %% ../nbs/21_draft_prior.ipynb #c20
+def without_draft(batch):
+    "The batch with 32 [MASK] tokens for a draft: the prompt is all that an encoder reads of a story."
+    return replace(batch, draft_ids=torch.full_like(batch.draft_ids, MASK),
+                   draft_mask=torch.ones_like(batch.draft_mask))
+
+# %% ../nbs/21_draft_prior.ipynb #c21
 def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder, rewrite=None):
     """Train a DraftPrior on fresh drafts at the given rates; returns (frozen prior, curve).
 
@@ -133,20 +140,22 @@ def train_prior(corpus, encoder, autoencoder, config, dropouts, training, folder
     curve = fit(prior, loss_at, training, folder, f"DraftPrior d={config.width} at {rates}")
     return finish(folder, prior, {**asdict(config), "dropouts": list(dropouts)}, training, curve), curve
 
-# %% ../nbs/21_draft_prior.ipynb #c20
+# %% ../nbs/21_draft_prior.ipynb #c22
 def load_prior(folder, **expected):
     "The frozen DraftPrior saved in `folder`; StudyError if damaged or not as `expected`."
     config, weights = read_model(folder, **expected)
     prior = DraftPrior(config_of(DraftPriorConfig, config))
     return load_weights(prior, weights, folder)
 
-# %% ../nbs/21_draft_prior.ipynb #c26
+# %% ../nbs/21_draft_prior.ipynb #c29
 from .autoencoder import autoencoder_name, open_autoencoder
 from .registry import MAIN_RATE, Model, draft_rates, percent, register_models
 
-# %% ../nbs/21_draft_prior.ipynb #c27
+# %% ../nbs/21_draft_prior.ipynb #c30
 def prior_name(preset, width, dropout, variant=""):
-    "Name of the DraftPrior for a width and a rate; a `variant` (long, realigned) has one rate of its own."
+    """Name of the DraftPrior for a width and a rate; a `variant` (long, realigned) has one rate of its own,
+    the variant `prompt` none."""
+    if variant == "prompt": return f"prior-{width}-prompt"
     if variant: return f"prior-{width}-{percent(dropout)}-{variant}"
     return f"prior-{width}-" + ("shared" if preset.shared_prior else percent(dropout))
 
@@ -159,18 +168,24 @@ def train_prior_of(study, folder, width, dropouts, section="prior", rewrite=None
     parts = (study.corpus(), encoder, open_autoencoder(study, width))
     return train_prior(*parts, config, tuple(dropouts), study.training(section), folder, rewrite)[1]
 
-# %% ../nbs/21_draft_prior.ipynb #c28
+def train_prompt_prior_of(study, folder, width):
+    "Train the prompt-only DraftPrior of a study; returns its curve."
+    return train_prior_of(study, folder, width, (0.,), rewrite=without_draft)
+
+# %% ../nbs/21_draft_prior.ipynb #c31
 def prior_models(preset):
-    "DraftPriors of a preset at both widths, and one at 5 % that is trained for longer."
+    "DraftPriors of a preset at both widths, one at 5 % that is trained for longer, and a prompt-only one."
     full, rates = preset.widths[0], draft_rates(preset)
-    shared = dict(train=train_prior_of, sizes=("prior",), curves=("target_probability", "cosine", "mse"))
+    shared = dict(sizes=("prior",), curves=("target_probability", "cosine", "mse"))
     def model(width, dropouts, group, section, variant=""):
         name, needs = prior_name(preset, width, dropouts[0], variant), (autoencoder_name(width),)
         given = dict(width=width, dropouts=dropouts, section=section)
-        return Model(name, group, section=section, needs=needs, parameters=given, **shared)
+        return Model(name, group, train_prior_of, section, needs=needs, parameters=given, **shared)
     groups = [rates] if preset.shared_prior else [[rate] for rate in rates]
     models = [model(width, group, "prior", "prior") for width in preset.widths for group in groups]
-    return [*models, model(full, [MAIN_RATE], "prior-long", "long", "long")]
+    prompt = Model(prior_name(preset, full, 0., "prompt"), "prior-prompt", train_prompt_prior_of, "prior",
+                   needs=(autoencoder_name(full),), parameters=dict(width=full), **shared)
+    return [*models, model(full, [MAIN_RATE], "prior-long", "long", "long"), prompt]
 
 
 register_models(prior_models, ("prior", "long"), {"prior": DraftPriorConfig})

@@ -11,8 +11,9 @@ import torch
 from latentrefine.aligner import aligner_name, threshold_of
 from latentrefine.autoencoder import open_autoencoder
 from latentrefine.core import CLS, MASK, MODES, PAD, SEP, UNK, VOCAB, StudyError
-from latentrefine.draft_prior import training_batch
+from latentrefine.draft_prior import start_latents, training_batch
 from latentrefine.encoder import Corpus
+from latentrefine.flow import flow_loss
 from latentrefine.measure import shares_latents
 from latentrefine.presets import load_preset
 from latentrefine.realigned import open_mixed
@@ -363,6 +364,40 @@ def test_no_steps_of_a_flow_are_its_start(study, systems, drafts):
         assert torch.equal(out.latents, start.latents), system.name
         assert torch.equal(replace(system, head=None).slot_logits(drafts, 0, 1).logits, start.logits), system.name
         assert torch.equal(out.logits, start.logits) == (system.head is None), system.name
+
+
+def test_a_flow_is_trained_with_what_its_name_says(study, systems, drafts):
+    "Metric, decoder cross-entropy and transport loss are separate settings, and each reaches the loss where it is set."
+    parts = {"local flow": (False, 0, 0), "metric only": (True, .1, 0), "OT only": (False, 0, .1), "metric + OT": (True, .1, .1)}
+    corpus, autoencoder, training = study.corpus(), open_autoencoder(study), study.training("flow")
+    batch, states = training_batch(corpus, training, (MAIN_RATE,), 0)
+    for name, (metric, ce, transport) in parts.items():
+        flow, own = systems[name].flow, systems[name].metric
+        assert (own is not None, flow.config.ce_weight, flow.config.ot_weight) == (metric, ce, transport), name
+        starts = start_latents(study.encoder, autoencoder, systems[name].prior, batch)
+        def loss_with(**weights):
+            other = copy.copy(flow)
+            other.config = replace(flow.config, **weights)
+            return flow_loss(other, own, starts, states, batch, autoencoder, training.steps, training)
+        bare, logs = loss_with(ce_weight=0., ot_weight=0.)
+        assert set(logs) == {"force_error"}
+        for field, part in (("ce_weight", "ce"), ("ot_weight", "transport")):
+            more, logs = loss_with(**{"ce_weight": 0., "ot_weight": 0., field: 2.})
+            assert (more - bare).item() == pytest.approx(2 * logs[part], abs=1e-5), (name, field)
+
+
+def test_the_decoder_with_attention_is_trained_alike(study):
+    "Same latents, same settings; its logits at a slot depend on the other slots, those of the slot-wise one do not."
+    plain, attentive = open_autoencoder(study), open_autoencoder(study, attention=True)
+    assert torch.equal(plain.mean, attentive.mean) and torch.equal(plain.scale, attentive.scale)
+    models = [models_of(study.preset)[name] for name in ("autoencoder-32", "autoencoder-32-attention")]
+    assert len({(model.section, model.train, model.sizes) for model in models}) == 1
+    z = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
+    other = z.clone()
+    other[:, 7] = -other[:, 7]
+    for net, alone in ((plain, True), (attentive, False)):
+        moved = (net.decoder.full(other) - net.decoder.full(z)).abs().amax((0, 2)) > 1e-6
+        assert moved[7] and moved.sum() == (1 if alone else 32)
 
 
 def test_the_oracle_beats_chance(study):
