@@ -323,7 +323,7 @@ def refine_text(system, prompt, draft, steps=4, seed=1337):
 from .autoencoder import autoencoder_name, open_autoencoder
 from .draft_prior import prior_name
 from .flow import flow_name
-from .registry import MAIN_RATE, Model, SystemEntry, percent, register_models, register_system
+from .registry import MAIN_RATE, Model, SystemEntry, register_models, register_system
 from .residual import residual_name
 
 # %% ../nbs/30_refiner.ipynb #c36
