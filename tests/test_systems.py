@@ -311,7 +311,8 @@ def test_a_kept_context_changes_nothing(systems, drafts, mode, monkeypatch):
 def test_every_aligner_gets_the_same_length_facts(systems, study, name):
     "A known length changes what a tagger inserts just as it changes the posterior; a cut draft's length is inferred."
     assert "length" in SYSTEMS[name].uses
-    drafts, hidden = study.drafts(.15, count=12), torch.zeros(12, dtype=torch.long)
+    drafts = study.drafts(.15)
+    hidden = torch.zeros(len(drafts), dtype=torch.long)
     have, length = drafts.draft_mask.sum(1), drafts.target_mask.sum(1)
     totals = {}
     for case, batch in dict(hidden=replace(drafts, length=hidden), unknown=drafts, known=drafts.with_known_length()).items():
