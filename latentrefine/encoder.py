@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINILM_SHA256', 'LAYERS', 'minilm_folder', 'check_encoder', 'check_model_type', 'read_encoder', 'Encoder', 'encode',
-           'change_layers', 'load_encoder', 'embed_texts', 'CachingEncoder', 'write_checked', 'read_checked',
-           'data_digest', 'clean_hidden', 'write_clean_hidden', 'Corpus']
+           'mixed_states', 'change_layers', 'load_encoder', 'embed_texts', 'CachingEncoder', 'write_checked',
+           'read_checked', 'data_digest', 'clean_hidden', 'write_clean_hidden', 'Corpus']
 
 # %% ../nbs/03_encoder.ipynb #c02
 import hashlib
@@ -114,11 +114,16 @@ class Encoder:
 @torch.no_grad()
 def encode(encoder, ids, mask):
     "States [batch, slots, width], fp32, of `ids` where `mask` is True, both [batch, slots]."
-    mixed = encoder.layers != "last"
     with autocast(encoder.precision):
-        out = encoder.model(ids.where(mask, PAD), attention_mask=mask.long(), output_hidden_states=mixed)
-    last = out.last_hidden_state.float()
-    return (last + out.hidden_states[0].float()) / 2 if mixed else last
+        last = encoder.model(ids.where(mask, PAD), attention_mask=mask.long()).last_hidden_state.float()
+    return last if encoder.layers == "last" else mixed_states(encoder, last, ids, mask)
+
+
+@torch.no_grad()
+def mixed_states(encoder, last, ids, mask):
+    "Mean of the last layer's states `last` and the embedding layer's, as in `encode`; costs no encoder pass."
+    with autocast(encoder.precision): words = encoder.model.embeddings(ids.where(mask, PAD))
+    return (last + words.float()) / 2
 
 
 def change_layers(encoder, layers):
@@ -155,17 +160,20 @@ def embed_texts(encoder, texts, size=64):
 # %% ../nbs/03_encoder.ipynb #c18
 class CachingEncoder:
     "An encoder that keeps the states of every batch that it has encoded in `folder`, in half precision."
-    def __init__(self, encoder, folder): self.encoder, self.folder = encoder, Path(folder)
-
+    def __init__(self, encoder, folder, base=None):
+        self.encoder, self.folder, self.base = encoder, Path(folder), base    # base: that of the last layer
     def __getattr__(self, name): return getattr(self.encoder, name)
 
     def with_layers(self, layers):
-        "As `Encoder.with_layers`; the states of other layers have files of their own."
+        "As `Encoder.with_layers`; other layers are computed from the states of the last."
         if layers == self.layers: return self
-        return CachingEncoder(self.encoder.with_layers(layers), self.folder)
+        return CachingEncoder(self.encoder.with_layers(layers), self.folder, self)
 
     def hidden(self, *slots):
         "As `Encoder.hidden`, with states rounded to half precision."
+        if self.base:
+            both = (torch.cat(slots[first::2], 1) for first in (0, 1))      # ids and mask
+            return mixed_states(self.encoder, self.base.hidden(*slots), *both)
         facts = self.digest.encode() + self.precision.encode()
         key = hashlib.sha256(facts + b"".join(t.cpu().numpy().tobytes() for t in slots)).hexdigest()
         path, shape = self.folder / f"{key[:40]}.states", (len(slots[0]), -1, self.width)
@@ -196,13 +204,14 @@ def data_digest(batch):
     return digest.hexdigest()
 
 
-def clean_hidden(encoder, batch, folder, size=64):
+def clean_hidden(encoder, batch, folder, size=64, last=None):
     """Memory-mapped fp16 states [stories, 64, width] of [prompt; target].
+    `last`: the table of the last layer, from which those of mixed layers are computed.
 
     The first call computes and writes them. StudyError if the file is damaged or has another shape."""
     name = f"hidden-{encoder.digest[:10]}-{encoder.precision}-{data_digest(batch)[:10]}.npy"
     path, shape = Path(folder) / name, (len(batch), PROMPT_SLOTS + TARGET_SLOTS, encoder.width)
-    if not path.exists(): write_clean_hidden(encoder, batch, path, shape, size)
+    if not path.exists(): write_clean_hidden(encoder, batch, path, shape, size, last)
     try: table = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise StudyError(f"{path}: truncated or damaged ({error}); delete it and run again") from error
@@ -211,12 +220,17 @@ def clean_hidden(encoder, batch, folder, size=64):
     return table
 
 # %% ../nbs/03_encoder.ipynb #c28
-def write_clean_hidden(encoder, batch, path, shape, size):
+def write_clean_hidden(encoder, batch, path, shape, size, last):
     "Write the clean states of `batch`, an array of `shape`, to `path` atomically, `size` stories at a time."
     with writing(path) as scratch, scratch.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
-        for part in tqdm(batch.to(device()).chunks(size), desc="encoding clean stories", mininterval=5):
-            states = encoder.hidden(part.prompt_ids, part.prompt_mask, part.target_ids, part.target_mask)
+        parts = batch.to(device()).chunks(size)
+        for number, part in enumerate(tqdm(parts, desc="encoding clean stories", mininterval=5)):
+            slots = part.prompt_ids, part.prompt_mask, part.target_ids, part.target_mask
+            if last is None: states = encoder.hidden(*slots)
+            else:
+                known = torch.from_numpy(last[number * size:(number + 1) * size]).float().to(device())
+                states = mixed_states(encoder, known, torch.cat(slots[::2], 1), torch.cat(slots[1::2], 1))
             file.write(states.cpu().numpy().astype("<f2").tobytes())
 
 # %% ../nbs/03_encoder.ipynb #c32

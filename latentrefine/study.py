@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from .autoencoder import vocabulary_of
 from .core import ROOT, VOCAB, StudyError, commit, fast_precision, generator, writing
 from .drafts import clean_batch, with_drafts
-from .encoder import CachingEncoder, Corpus, clean_hidden, data_digest, load_encoder
+from .encoder import LAYERS, CachingEncoder, Corpus, clean_hidden, data_digest, load_encoder
 from .encoder import read_encoder
 from .presets import load_preset
 from .registry import entry_of
@@ -133,8 +133,9 @@ def open_tokenizer(study):
 # %% ../nbs/61_study.ipynb #c12
 def corpus_of(study, split="train"):
     "A split with its clean states, computed once and kept in the output folder."
-    states = clean_hidden(study.encoder, study.batches[split], study.out / "models" / "states")
-    return Corpus(study.batches[split], states)
+    folder = study.out / "models" / "states"
+    last = None if study.layers == LAYERS[0] else study.last_layer.corpus(split).states
+    return Corpus(study.batches[split], clean_hidden(study.encoder, study.batches[split], folder, last=last))
 
 
 def training_of(study, section):
@@ -158,6 +159,7 @@ def with_layers(study, layers):
     "The study with latents read from other layers of the encoder, one of LAYERS."
     other = copy.copy(study)
     other.encoder, other.layers = study.encoder.with_layers(layers), layers
+    if study.layers == LAYERS[0]: other.last_layer = study
     return other
 
 
