@@ -288,3 +288,16 @@ def test_the_null_model_agrees_with_the_no_op():
     rates = {row["dropout"] for row in rows if row["system"] == "no-op"}
     assert CURVE <= rates
     for dropout in rates: assert abs(mean("null model", dropout) - mean("no-op", dropout)) < .02, dropout
+
+
+ORDER = ("DraftPrior", "no-op", "re-aligned", "oracle, last + embedding")      # ascending in both runs
+
+
+@every_run
+def test_quick_orders_the_systems_as_cpu_does(run):
+    "At 5 % dropout, unknown length: means in this order, and gains over the no-op that exclude zero."
+    table = pd.read_csv(OUTPUTS / run / "tables" / "realign.csv").query("part == 'main'")
+    lines = table[table.length.isin(("unknown", TARGET_LENGTH))].drop_duplicates("system").set_index("system").loc[[*ORDER, "full"]]
+    assert lines.target_probability[list(ORDER)].is_monotonic_increasing and lines.n.min() >= 100
+    below, above = lines.loc[["DraftPrior", "full"]], lines.loc[["re-aligned"]]
+    assert (below.over_no_op_high < 0).all() and (above.over_no_op_low > 0).all()
