@@ -7,11 +7,12 @@ __all__ = ['lines_of', 'front_table', 'front_findings', 'front_systems', 'update
 
 # %% ../nbs/69_front.ipynb #c02
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
 
-from .core import StudyError, write_text
+from .core import ROOT, StudyError, write_text
 from .measure import results
 from .registry import SYSTEMS
 from .report import narrow
@@ -39,7 +40,8 @@ def front_findings(folder):
     names = [name for name, entry in results().items() if entry.get("finding")]
     said = [json.loads((Path(folder) / "answers" / f"{name}.json").read_text(encoding="utf-8"))
             for name in names]
-    links = [f"[{one['name']}](nbs/results/{one['name']}.ipynb)" for one in said]
+    place = os.path.relpath(folder, ROOT)      # notebooks with their outputs
+    links = [f"[{one['name']}]({place}/notebooks/{one['name']}.ipynb)" for one in said]
     firsts = [" ".join(one["answer"].split("\n\n")[0].split()) for one in said]
     return "\n".join(f"- {first} ({link})" for first, link in zip(firsts, links))
 

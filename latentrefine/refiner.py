@@ -416,7 +416,7 @@ register_report("metric + OT", "the local flow with a learned metric and a trans
 register_report("bounded residual", "one bounded correction beyond the start", colour="tab:pink")
 register_report("fused readout", "the local flow, decoded by the decoder and a second head together",
                 colour="tab:purple")
-register_report("full", "metric + OT with the fused readout: the report's whole system", colour="tab:red",
+register_report("full", "DCLR complete: flow with metric and transport, fused readout", colour="tab:red",
                 compared=True)
 
 # %% ../nbs/30_refiner.ipynb #c42
