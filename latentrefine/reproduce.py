@@ -297,11 +297,11 @@ def render(study, names=()):
     os.environ["LATENTREFINE_RENDER_ONLY"] = "1"
     try:
         for name in tqdm(names or measured, desc="rendering", unit="notebook"):
-            run_node(**spec_of(study, graph[name]))
+            try: run_node(**spec_of(study, graph[name]))
+            except RuntimeError as error:
+                raise StudyError(f"{name}: its rows lack what its notebook shows ({error}); "
+                                 f"measure it again with: latentrefine reproduce {name}") from error
         shown = list(results_of(study.preset).values())
         write_page(study.out, f"latentrefine, preset {study.preset_name}", shown)
     finally: del os.environ["LATENTREFINE_RENDER_ONLY"]
     return list(names) or measured
-
-# %% ../nbs/67_reproduce.ipynb #c26
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main(sys.argv[1]))
