@@ -50,14 +50,16 @@ def same(a, b):
 
 
 def evaluations(system, batch, steps):
-    "Network evaluations of one call: calls of modules of `networks()` outside each other, bare layers of PyTorch left out."
+    """Network evaluations of one call: calls of modules of `networks()` outside each other,
+    bare layers of PyTorch and tables of embeddings left out."""
     counted, depth = [], [0]
     def before(*_):
         counted.append(depth[0] == 0)
         depth[0] += 1
     def after(*_): depth[0] -= 1
     modules = {part: None for net in system.networks() for part in net.modules()}
-    own = [part for part in modules if not type(part).__module__.startswith("torch.nn")]
+    own = [part for part in modules
+           if not type(part).__module__.startswith("torch.nn") and "Embeddings" not in type(part).__name__]
     hooks = [hook for part in own for hook in (part.register_forward_pre_hook(before), part.register_forward_hook(after))]
     system.slot_logits(batch, steps, 1)
     for hook in hooks: hook.remove()
