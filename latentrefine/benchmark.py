@@ -40,9 +40,6 @@ def seconds_of(call):
     return time.perf_counter() - began
 
 # %% ../nbs/66_benchmark.ipynb #c05
-#| export
-
-# %% ../nbs/66_benchmark.ipynb #c06
 class OperationCounter(TorchDispatchMode):
     "Counts the floating-point operations of matrix products and attentions by torch's own formulas."
     total = 0
@@ -58,13 +55,12 @@ def operations_of(call):
     with OperationCounter() as counter: call()
     return counter.total
 
-# %% ../nbs/66_benchmark.ipynb #c09
+# %% ../nbs/66_benchmark.ipynb #c08
 COUNTED, TIMED = 2, 5      # steps of the two runs; the first step is left out
 
 
 def steps_of_training(train, read):
-    """What `read()` returns at the end of each step of the training `train()`,
-    and the steps' training examples."""
+    "Differences of `read()` between the ends of successive steps of `train()`, float64 [steps - 1]."
     found = []
     def callback(label, step, steps, logs): found.append(read())
     CALLBACKS.append(callback)
@@ -72,7 +68,7 @@ def steps_of_training(train, read):
     finally: CALLBACKS.remove(callback)
     return torch.tensor(found, dtype=torch.float64).diff()
 
-# %% ../nbs/66_benchmark.ipynb #c10
+# %% ../nbs/66_benchmark.ipynb #c09
 def training_row(counted, timed, model, steps):
     """The row of a model's training step. `counted`, `timed`: studies that train for COUNTED and TIMED steps;
     `steps`: those of the preset."""
@@ -84,7 +80,7 @@ def training_row(counted, timed, model, steps):
     found = dict(seconds=seconds.median().item(), operations=operations.median().item())
     return dict(part="training step", name=model.name, stories=batch, steps=steps, **found)
 
-# %% ../nbs/66_benchmark.ipynb #c11
+# %% ../nbs/66_benchmark.ipynb #c10
 def benchmark_study(preset, out, steps, overrides):
     "A study of the sizes of a preset that trains every model for `steps` steps, on grammar stories."
     sections = Study(preset, overrides=overrides).preset.training
@@ -100,7 +96,7 @@ def needed_models(study):
         if name in names: names |= set(models[name].needs)
     return [model for name, model in models.items() if name in names and not model.shared]
 
-# %% ../nbs/66_benchmark.ipynb #c13
+# %% ../nbs/66_benchmark.ipynb #c12
 def call_row(part, name, call, stories):
     """The row of `call()` on `stories` stories:
     operations, and the median seconds of three calls after the first."""
@@ -115,7 +111,7 @@ def encoder_row(study, stories=32):
     slots = batch.prompt_ids, batch.prompt_mask, batch.draft_ids, batch.draft_mask
     return call_row("states", "encoder", lambda: study.encoder.hidden(*slots), len(batch))
 
-# %% ../nbs/66_benchmark.ipynb #c14
+# %% ../nbs/66_benchmark.ipynb #c13
 def system_rows(study, stories=8):
     "The rows of the systems that the results of a study open and that return logits a slot."
     entries = {entry.name: entry for one in results_of(study.preset).values()
@@ -128,7 +124,7 @@ def system_rows(study, stories=8):
         steps = study.preset.flow_steps if system.steps is None else system.steps
         yield call_row("call", name, lambda: system.slot_logits(batch, steps, study.seed), stories)
 
-# %% ../nbs/66_benchmark.ipynb #c16
+# %% ../nbs/66_benchmark.ipynb #c15
 def cost_table(rows, peak):
     """Rows as a table: milliseconds and GFLOP a story, the share of `peak` (operations a second),
     and the minutes that the preset's training steps of one seed take."""
@@ -153,7 +149,7 @@ def benchmark(preset, out, overrides=()):
             f"{time.strftime('%Y-%m-%d')}")
     return cost_table(rows, peak), said
 
-# %% ../nbs/66_benchmark.ipynb #c17
+# %% ../nbs/66_benchmark.ipynb #c16
 def benchmark_command(preset, overrides, path=""):
     "`latentrefine benchmark`: print the table, and write it as CSV to `path` if it is given."
     import tempfile
