@@ -50,7 +50,7 @@ class Model:
     shared: bool = False          # one for all seeds, in models/NAME
 
 # %% ../nbs/06_registry.ipynb #c10
-FAMILIES = ("reference", "report", "re-aligned", "peer", "baseline")
+FAMILIES = ("reference", "report", "re-aligned", "control", "peer", "baseline")
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ register_models(parallel_models, ("aligner",))
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c25
 register_system(SystemEntry(
-    "parallel transformer", "baseline",
+    "parallel transformer", "control",
     "emits or copies all target tokens at once, without latents", open_parallel,
     lambda preset: (autoencoder_name(preset.widths[0]), f"parallel-{preset.widths[0]}"),
     colour="tab:cyan", compared=True, uses=("draft", "length")))
