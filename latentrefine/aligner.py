@@ -23,6 +23,7 @@ from transformers import BertModel
 from .autoencoder import draft_latents, token_loss
 from .core import MASK, SEP, TARGET_SLOTS, autocast, device, generator, write_text
 from .drafts import keep_mask, pack
+from .encoder import joint_states
 from .realign import align, best_gaps, gaps_of, hard_alignment, places_of, realign
 from .training import config_of, finish, fit, load_weights, read_model, rows_at
 
@@ -68,9 +69,8 @@ class Aligner(nn.Module):
         with torch.no_grad(): self.gap[-1].bias.copy_(-3. * torch.arange(sizes))     # gaps are rare
 
     def forward(self, batch):
-        mask = torch.cat([batch.prompt_mask, batch.draft_mask], 1)
-        ids = torch.cat([batch.prompt_ids, batch.draft_ids], 1).where(mask, 0)
-        states = self.bert(ids, attention_mask=mask.long()).last_hidden_state[:, -TARGET_SLOTS:]
+        slots = batch.prompt_ids, batch.prompt_mask, batch.draft_ids, batch.draft_mask
+        states = joint_states(self.bert, *slots)[:, -TARGET_SLOTS:]
         states = states * batch.draft_mask[..., None]
         pairs = torch.cat([F.pad(states, (0, 0, 1, 0)), F.pad(states, (0, 0, 0, 1))], -1)
         fill = self.fill(pairs).unflatten(-1, (self.config.max_gap, self.config.width))

@@ -194,8 +194,8 @@ def draft_latents(encoder, autoencoder, batch):
 
 def prompt_latents(encoder, autoencoder, batch):
     "z_p [batch, 32, width] from encoding the prompt alone, so that they carry nothing of draft or target."
-    nothing = torch.zeros_like(batch.draft_mask)
-    states = encoder.hidden(batch.prompt_ids, batch.prompt_mask, batch.draft_ids, nothing)
+    no_slots = batch.draft_ids[:, :0], batch.draft_mask[:, :0]
+    states = encoder.hidden(batch.prompt_ids, batch.prompt_mask, *no_slots)
     return autoencoder.project(states)[:, :PROMPT_SLOTS]
 
 

@@ -20,7 +20,7 @@ from ..aligner import known_length, trainable_copy
 from ..autoencoder import load_autoencoder, valid_slots
 from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator, write_text
 from ..drafts import with_drafts
-from ..encoder import Encoder
+from ..encoder import Encoder, joint_states
 from ..readout import copy_decoder
 from ..realign import LOG_ZERO
 from ..refiner import fit_autoencoder, read_parts, save_autoencoder
@@ -44,20 +44,17 @@ class ParallelTransformer(nn.Module):
         self.register_buffer("mean", autoencoder.mean); self.register_buffer("scale", autoencoder.scale)
 
     def forward(self, batch):
-        ids, mask = open_slots(batch)
-        states = self.bert(ids, attention_mask=mask.long()).last_hidden_state
+        states = joint_states(self.bert, batch.prompt_ids, batch.prompt_mask, *open_slots(batch))
         states = ((states - self.mean) / self.scale)[:, -TARGET_SLOTS:]
         return states, copy_weights(self.gate(states).squeeze(-1), batch)
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c06
 def open_slots(batch):
-    "(ids, mask), both [batch, 64]: prompt and draft, with [MASK] behind the draft up to the target's length."
+    "(ids, mask), both [batch, 32]: the draft, with [MASK] behind it up to the target's length."
     length = known_length(batch)
     end = torch.where(length > 0, length, TARGET_SLOTS)[:, None]
     slots = batch.draft_mask | (torch.arange(TARGET_SLOTS, device=end.device) < end)
-    target_ids = batch.draft_ids.where(batch.draft_mask, MASK).where(slots, PAD)
-    mask = torch.cat([batch.prompt_mask, slots], 1)
-    return torch.cat([batch.prompt_ids, target_ids], 1).where(mask, PAD), mask
+    return batch.draft_ids.where(batch.draft_mask, MASK).where(slots, PAD), slots
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c08
 def copy_weights(gate, batch):
