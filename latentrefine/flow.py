@@ -224,9 +224,9 @@ KINDS = {"flow": ("metric", "ce_weight", "ot_weight"), "metric": (), "metric-onl
          "transport-only": ("metric", "ce_weight")}      # kind of local flow -> what it is trained without
 
 
-def flow_name(width, dropout, kind="flow"):
-    "Name of the flow of a kind, one of KINDS, for a width and a rate."
-    return f"{kind}-{width}-{percent(dropout)}"
+def flow_name(width, dropout, kind="flow", start=""):
+    "Name of the flow of a kind, one of KINDS; `start`: the variant of its DraftPrior."
+    return f"{kind}-{width}-{percent(dropout)}" + (f"-{start}" if start else "")
 
 
 def flow_configs(kind, width, flow, metric):
@@ -236,10 +236,10 @@ def flow_configs(kind, width, flow, metric):
     return FlowConfig(width, **{**flow, **absent}), sizes
 
 # %% ../nbs/23_flow.ipynb #c34
-def train_flow_of(study, folder, dropout, kind):
-    "Train a flow of a study; returns its curve."
+def train_flow_of(study, folder, dropout, kind, start=""):
+    "Train a flow of a study on the starts of a variant of DraftPrior; returns its curve."
     width = study.full
-    prior = load_prior(study.model(prior_name(study.preset, width, dropout)), width=width)
+    prior = load_prior(study.model(prior_name(study.preset, width, dropout, start)), width=width)
     parts = (study.corpus(), study.cached_encoder, open_autoencoder(study), prior)
     configs = flow_configs(kind, width, study.sizes("flow"), study.sizes("metric"))
     return train_flow(*parts, *configs, (dropout,), study.training("flow"), folder)[-1]
@@ -255,15 +255,17 @@ def train_gaussian_of(study, folder):
 def flow_models(preset):
     "The flows of a preset."
     full = preset.widths[0]
-    def model(dropout, kind):
-        name, needs = flow_name(full, dropout, kind), (prior_name(preset, full, dropout),)
-        group = "figure-flow" if dropout == FIGURE_RATE else kind
+    def model(dropout, kind, start=""):
+        name, needs = flow_name(full, dropout, kind, start), (prior_name(preset, full, dropout, start),)
+        group = "figure-flow" if dropout == FIGURE_RATE else f"{kind}-{start}" if start else kind
         curves = ("force_error", *(("target_probability", "metric_std") if kind != "flow" else ()))
-        given = dict(dropout=dropout, kind=kind)
-        return Model(name, group, train_flow_of, "flow", ("flow", "metric"), needs, given, curves)
+        given = dict(dropout=dropout, kind=kind, start=start)
+        return Model(name, group, train_flow_of, "flow", ("flow", "metric"), needs, given, curves,
+                     first_seed=bool(start))
     gaussian = Model(f"gaussian-{full}", "gaussian", train_gaussian_of, "gaussian", ("flow",),
                      (autoencoder_name(full),), curves=("force_error",))
-    return [*(model(MAIN_RATE, kind) for kind in KINDS), model(FIGURE_RATE, "metric"), gaussian]
+    return [*(model(MAIN_RATE, kind) for kind in KINDS), model(FIGURE_RATE, "metric"),
+            model(MAIN_RATE, "metric", "long"), gaussian]
 
 
 register_models(flow_models, ("flow", "gaussian"), {"flow": FlowConfig, "metric": MetricConfig})

@@ -9,8 +9,8 @@ __all__ = ['NOT_SIZES', 'TARGET_LENGTH', 'KEEP_LENGTH', 'FEWEST', 'PUBLISHED', '
            'missing_columns', 'over_seeds', 'add_intervals', 'add_gain', 'verdict', 'published', 'beside_published',
            'text_row', 'scoring_of', 'TextEvaluator', 'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used',
            'reached', 'modules_of', 'code_digest', 'published_named', 'imports_of', 'settings_digest', 'results',
-           'systems_of', 'results_of', 'models_for', 'nodes_for', 'models_digest', 'executed_cells', 'measuring_digest',
-           'measured', 'recorded_digest', 'save_scores', 'load_scores']
+           'systems_of', 'results_of', 'models_for', 'nodes_for', 'trained_at', 'models_digest', 'executed_cells',
+           'measuring_digest', 'measured', 'recorded_digest', 'save_scores', 'load_scores']
 
 # %% ../nbs/62_measure.ipynb #c02
 import ast
@@ -420,6 +420,13 @@ def nodes_for(study, entry):
     seeds = range(study.seed, study.seed + count)
     return [f"{name}-s{seed}" for name in models_for(study.preset, entry) for seed in seeds
             if not models[name].first_seed or seed == study.seed]
+
+
+def trained_at(study, one, system):
+    "Whether a system is trained at the seed of `one`: some are at the first seed of `study` alone."
+    models = models_of(study.preset)
+    alone = any(models[name].first_seed for name in system.needs(study.preset))
+    return one.seed == study.seed or not alone
 
 
 def models_digest(study, entry):

@@ -327,16 +327,16 @@ from .registry import MAIN_RATE, Model, SystemEntry, register_models, register_s
 from .residual import residual_name
 
 # %% ../nbs/30_refiner.ipynb #c36
-def head_name(width, dropout, kind="flow"):
-    "Name of the auxiliary head on the latents of a flow of a kind."
-    return f"head-{flow_name(width, dropout, kind)}"
+def head_name(width, dropout, kind="flow", start=""):
+    "Name of the auxiliary head on the latents of a flow, as of `flow_name`."
+    return f"head-{flow_name(width, dropout, kind, start)}"
 
 
-def train_head_of(study, folder, kind):
-    "Train an auxiliary head of a study at 5 %; returns its curve."
+def train_head_of(study, folder, name):
+    "Train the auxiliary head of a study at 5 % on the latents of the system `name`; returns its curve."
     own = copy.copy(study)
     own.encoder = study.cached_encoder        # the drafts are those on which the flow was trained
-    system = open_report(own, {"metric": "metric + OT", "flow": "local flow"}[kind])
+    system = open_report(own, name)
     config, steps = ReadoutConfig(study.full, **study.sizes("head")), system.flow.config.train_steps
     def refined(batch): return system.latents(batch, steps)[1]
     training = study.training("head")
@@ -346,18 +346,21 @@ def train_head_of(study, folder, kind):
 def head_models(preset):
     "The auxiliary heads of a preset."
     at, shared = (preset.widths[0], MAIN_RATE), ("head", train_head_of, "head", ("head", "flow"))
-    def model(kind):
-        return Model(head_name(*at, kind), *shared, (flow_name(*at, kind),), dict(kind=kind), ("ce",))
-    return [model(kind) for kind in ("flow", "metric")]
+    def model(name, *of):
+        return Model(head_name(*at, *of), *shared, (flow_name(*at, *of),), dict(name=name), ("ce",),
+                     first_seed="long" in of)
+    return [model("local flow", "flow"), model("metric + OT", "metric"),
+            model("long metric + OT", "metric", "long")]
 
 
 register_models(head_models, ("head",), {"head": ReadoutConfig})
 
 # %% ../nbs/30_refiner.ipynb #c38
 KIND_OF = {"metric only": "metric-only", "OT only": "transport-only",       # of flow
-           "metric + OT": "metric", "full": "metric"}
-VARIANT_OF = {"long DraftPrior": "long", "prompt-only DraftPrior": "prompt"}      # of DraftPrior
-WITH_HEAD = ("fused readout", "full")
+           "metric + OT": "metric", "full": "metric", "long metric + OT": "metric", "long full": "metric"}
+VARIANT_OF = {"long DraftPrior": "long", "long metric + OT": "long", "long full": "long",
+              "prompt-only DraftPrior": "prompt"}                           # of DraftPrior
+WITH_HEAD = ("fused readout", "full", "long full")
 
 
 def report_models(preset, name, width=None, dropout=MAIN_RATE):
@@ -368,9 +371,9 @@ def report_models(preset, name, width=None, dropout=MAIN_RATE):
     names.append(prior_name(preset, width, dropout, VARIANT_OF.get(name, "")))
     if name == "bounded residual": return [*names, residual_name(width, dropout)]
     if name.endswith("DraftPrior"): return names
-    kind = KIND_OF.get(name, "flow")
-    names.append(flow_name(width, dropout, kind))
-    return [*names, head_name(width, dropout, kind)] if name in WITH_HEAD else names
+    of = width, dropout, KIND_OF.get(name, "flow"), VARIANT_OF.get(name, "")
+    names.append(flow_name(*of))
+    return [*names, head_name(*of)] if name in WITH_HEAD else names
 
 # %% ../nbs/30_refiner.ipynb #c39
 def open_report(study, name, width=None, dropout=MAIN_RATE):
@@ -405,6 +408,9 @@ register_report("no-op", "reads the draft's latents unchanged: the reference tha
 register_report("DraftPrior", "one network moves the draft's latents to a start", rates="each",
                 colour="tab:blue")
 register_report("long DraftPrior", "DraftPrior with a larger training budget", colour="tab:cyan")
+register_report("long metric + OT", "the local flow with metric and transport from the long DraftPrior",
+                colour="tab:brown", offered=False)
+register_report("long full", "DCLR complete on the long DraftPrior", colour="tab:red", offered=False)
 register_report("prompt-only DraftPrior", "DraftPrior given the prompt alone; the draft is not read",
                 rates="none", modes=("PROMPT",), uses=(), colour="tab:cyan", offered=False)
 register_report("local flow", "a few Euler steps beyond the start", colour="tab:olive")
