@@ -25,10 +25,10 @@ from .study import Study
 from .training import CALLBACKS
 
 # %% ../nbs/66_benchmark.ipynb #c04
-def gemm_peak(size=1024, repeats=20):
-    """Floating-point operations a second of a float32 product of two [size, size] matrices,
+def gemm_peak(precision="float32", size=1024, repeats=20):
+    """Floating-point operations a second of a product of two [size, size] matrices in a precision,
     the best of `repeats`."""
-    a, b = torch.randn(2, size, size, device=device())
+    a, b = torch.randn(2, size, size, device=device(), dtype=getattr(torch, precision))
     return 2 * size ** 3 / min(seconds_of(lambda: a @ b) for _ in range(repeats))
 
 
@@ -141,12 +141,13 @@ def benchmark(preset, out, overrides=()):
     "The cost table of a preset, measured in the folder `out`, and a line that names machine, torch and date."
     counted, timed = (benchmark_study(preset, out, steps, overrides) for steps in (COUNTED, TIMED))
     counted.__dict__.update(encoder=timed.encoder, batches=timed.batches)
-    rows, peak, planned = [encoder_row(timed)], gemm_peak(), load_preset(preset, overrides).training
+    rows, peak = [encoder_row(timed)], gemm_peak(timed.precision)
+    planned = load_preset(preset, overrides).training
     for model in tqdm(needed_models(timed), desc="training steps", unit="model"):
         rows.append(training_row(counted, timed, model, planned[model.section]["steps"]))
     rows += tqdm(system_rows(timed), desc="calls", unit="system")
-    said = (f"{hardware()}; peak {peak / 1e9:.0f} GFLOP/s; torch {torch.__version__}; preset {preset}; "
-            f"{time.strftime('%Y-%m-%d')}")
+    said = (f"{hardware()}; peak {peak / 1e9:.0f} GFLOP/s in {timed.precision}; torch {torch.__version__}; "
+            f"preset {preset}; {time.strftime('%Y-%m-%d')}")
     return cost_table(rows, peak), said
 
 # %% ../nbs/66_benchmark.ipynb #c16

@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'EVALUATION_SEED', 'IN_DOMAIN', 'SLOTS', 'DRAFT_STATES', 'stories_digest', 'default_out', 'label_of',
            'open_encoder', 'split_batches', 'split_texts', 'batches_note', 'keep_batches', 'kept_batches',
            'continuing_pieces', 'cached_encoder', 'open_tokenizer', 'corpus_of', 'training_of', 'seeds_of',
-           'with_layers', 'steps_of', 'StudyData', 'Study']
+           'with_layers', 'steps_of', 'random_rows', 'drafts_of', 'StudyData', 'Study']
 
 # %% ../nbs/61_study.ipynb #c02
 import copy
@@ -168,6 +168,21 @@ def steps_of(study, system):
     return study.preset.flow_steps if system.steps is None else system.steps
 
 # %% ../nbs/61_study.ipynb #c15
+def random_rows(study, count, split="test"):
+    """Row numbers [count] of stories of a split, in a random order that EVALUATION_SEED fixes.
+    Fewer rows are the first of more; all rows if the split is smaller."""
+    gen = generator(EVALUATION_SEED, "stories", split)
+    return torch.randperm(len(study.batches[split]), generator=gen)[:count]
+
+
+def drafts_of(study, dropout, split="test", count=None, corruption="drop", rows=None):
+    """The first `count` stories of a split with evaluation drafts of a rate and a corruption type, or those
+    of the row numbers `rows`. A story's draft is the same either way."""
+    gen = generator(EVALUATION_SEED, "draft", "evaluation", split, dropout)
+    batch = with_drafts(study.batches[split], dropout, gen, corruption, study.continues)
+    return batch.rows(slice(0, count) if rows is None else rows)
+
+# %% ../nbs/61_study.ipynb #c16
 class StudyData:
     "The texts of a study: stories in three splits, their word pieces, and drafts for evaluation."
     def __init__(self, preset="quick", stories="", out="", overrides=()):
@@ -178,6 +193,7 @@ class StudyData:
         source = stories or self.preset.stories
         self.source = source if source in SOURCES else str(ROOT / source)
 
+    drafts, random_rows = drafts_of, random_rows
     splits = cached_property(split_texts)
     batches = cached_property(split_batches)
     continues = cached_property(continuing_pieces)
@@ -187,13 +203,7 @@ class StudyData:
         "Word piece ids the decoder can emit: those of the training stories, or None for all."
         return None if self.preset.vocabulary == "all" else vocabulary_of(self.batches["train"])
 
-    def drafts(self, dropout, split="test", count=None, corruption="drop"):
-        "The first `count` stories of a split with evaluation drafts of a rate and a corruption type."
-        gen = generator(EVALUATION_SEED, "draft", "evaluation", split, dropout)
-        batch = with_drafts(self.batches[split], dropout, gen, corruption, self.continues)
-        return batch.rows(slice(0, count))
-
-# %% ../nbs/61_study.ipynb #c17
+# %% ../nbs/61_study.ipynb #c18
 class Study(StudyData):
     """A preset, with overrides, in one folder: stories, encoder, drafts, models and systems by name.
     Training seeds are `seed`, `seed + 1`, ...; `seeds` of 0 takes their number from the preset."""

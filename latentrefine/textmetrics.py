@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAUVE_TEXTS', 'SAMPLE_FIELDS', 'distinct_n', 'repetition_rate', 'mean_length', 'diversity', 'four_grams', 'memorised',
-           'mauve_score', 'mauve_with_interval', 'piece_counts', 'cut_to', 'cached_embedding', 'against_floor',
-           'distinguishable', 'set_metrics', 'text_metrics', 'mauve_metrics', 'write_samples', 'samples', 'latency']
+           'area_under', 'bucket_count', 'mauve_score', 'mauve_with_interval', 'piece_counts', 'cut_to',
+           'mauve_of_texts', 'cached_embedding', 'against_floor', 'distinguishable', 'set_metrics', 'text_metrics',
+           'mauve_metrics', 'write_samples', 'samples', 'latency']
 
 # %% ../nbs/11_textmetrics.ipynb #c02
 import json
@@ -78,8 +79,16 @@ def _quiet():
             os.close(kept)
 
 # %% ../nbs/11_textmetrics.ipynb #c14
+def area_under(curve):
+    "Area under a divergence curve [points, 2], whose points run from (1, 0) to (0, 1)."
+    x, y = curve[::-1].T
+    return float(np.trapezoid(y, x))
+
+
 def _mauve():
-    """A function of `compute_mauve`'s arguments that returns the score; StudyError without the package.
+    """A function of `compute_mauve`'s arguments that returns the area under its divergence curve.
+
+    Raises StudyError without the package.
 
     It runs on one thread: on a few hundred texts, several threads are slower."""
     try:
@@ -90,7 +99,8 @@ def _mauve():
         raise StudyError("MAUVE needs the optional package mauve-text, which is licensed under the GPLv3 "
                          f"({error}); install it with: pip install mauve-text") from error
     def score(**facts):
-        with _quiet(), threadpool_limits(1): return compute_mauve(**facts, verbose=False).mauve
+        with _quiet(), threadpool_limits(1):
+            return area_under(compute_mauve(**facts, verbose=False).divergence_curve)
     return score
 
 # %% ../nbs/11_textmetrics.ipynb #c15
@@ -102,24 +112,35 @@ def _features(p, q):
     if not (np.isfinite(p).all() and np.isfinite(q).all()): raise ValueError("the features are not finite")
     return p, q
 
+# %% ../nbs/11_textmetrics.ipynb #c16
+MAUVE_TEXTS = 100      # with fewer texts, and so fewer than ten buckets, MAUVE is not computed
 
-def mauve_score(features_p, features_q, buckets=None, seeds=5):
+
+def bucket_count(texts):
+    "Number of k-means buckets for two sets of `texts` texts each: a tenth of it."
+    return texts // 10
+
+
+def mauve_score(features_p, features_q, seeds=5):
     """`mauve`, the mean over k-means seeds, and `mauve_spread`, their range, of two arrays [n, width].
 
-    The number of buckets is n // 10 unless given; ValueError for wrong shapes."""
+    Both are None for n < MAUVE_TEXTS; ValueError for wrong shapes."""
     p, q = _features(features_p, features_q)
-    buckets, compute = buckets or max(2, len(p) // 10), _mauve()
+    if len(p) < MAUVE_TEXTS: return dict(mauve=None, mauve_spread=None)
+    buckets, compute = bucket_count(len(p)), _mauve()
     scores = [compute(p_features=p, q_features=q, num_buckets=buckets, seed=seed) for seed in range(seeds)]
     return dict(mauve=float(np.mean(scores)), mauve_spread=float(np.ptp(scores)))
 
-# %% ../nbs/11_textmetrics.ipynb #c23
+# %% ../nbs/11_textmetrics.ipynb #c24
 def mauve_with_interval(features_p, features_q, repeats=20, seed=0):
     """`mauve_score` with `mauve_low` and `mauve_high`, score +- 1.96 standard deviations.
 
-    The deviation is that over `repeats` resamplings of the rows, the same rows in both arrays [n, width]."""
+    The deviation is that over `repeats` resamplings of the rows, the same rows in both arrays [n, width].
+    All are None for n < MAUVE_TEXTS."""
     p, q = _features(features_p, features_q)
     random, score, scores = np.random.default_rng(seed), mauve_score(p, q), []
-    buckets, compute = max(2, len(p) // 10), _mauve()
+    if score["mauve"] is None: return {**score, "mauve_low": None, "mauve_high": None}
+    buckets, compute = bucket_count(len(p)), _mauve()
     for repeat in range(repeats):
         rows = random.integers(len(p), size=len(p))
         scores.append(compute(p_features=p[rows], q_features=q[rows], num_buckets=buckets, seed=repeat))
@@ -127,7 +148,7 @@ def mauve_with_interval(features_p, features_q, repeats=20, seed=0):
     low, high = max(0., score["mauve"] - half), min(1., score["mauve"] + half)
     return {**score, "mauve_low": low, "mauve_high": high}
 
-# %% ../nbs/11_textmetrics.ipynb #c28
+# %% ../nbs/11_textmetrics.ipynb #c29
 def piece_counts(texts, tokenizer):
     "Word pieces of each text, a list."
     return [len(row) for row in word_pieces(texts, tokenizer)]
@@ -139,7 +160,16 @@ def cut_to(texts, lengths, tokenizer):
     return [text if len(row) <= max(1, length) else tokenizer.decode(row[:max(1, length)])
             for text, row, length in zip(texts, word_pieces(texts, tokenizer), lengths)]
 
-# %% ../nbs/11_textmetrics.ipynb #c32
+
+def mauve_of_texts(texts, references, embed, tokenizer):
+    """`mauve_score` of texts against references, reference i truncated to the length of text i.
+
+    `embed(texts)` gives features [n, width]; fewer than MAUVE_TEXTS texts are not embedded and have None."""
+    if len(texts) < MAUVE_TEXTS: return dict(mauve=None, mauve_spread=None)
+    real = cut_to(references, piece_counts(texts, tokenizer), tokenizer)
+    return mauve_score(embed(texts), embed(real))
+
+# %% ../nbs/11_textmetrics.ipynb #c33
 def cached_embedding(embed):
     "`embed(texts) -> [n, width]` with a cache by text; an empty text is embedded as a full stop."
     seen = {}
@@ -149,9 +179,10 @@ def cached_embedding(embed):
         return np.stack([seen[text or "."] for text in texts])
     return features
 
-# %% ../nbs/11_textmetrics.ipynb #c36
+# %% ../nbs/11_textmetrics.ipynb #c37
 def against_floor(value, low, high):
-    "Position of a MAUVE value: \"inside\", \"above\" or \"below\" the floor's interval (low, high)."
+    "Position of a MAUVE value to the floor's interval: \"inside\", \"above\" or \"below\"; None without one."
+    if value is None: return None
     return "below" if value < low else "above" if value > high else "inside"
 
 
@@ -166,28 +197,20 @@ def set_metrics(texts):
     return dict(n=len(texts), distinct1=distinct_n(texts, 1), distinct2=distinct_n(texts, 2),
                 repetition=repetition_rate(texts), words=mean_length(texts))
 
-# %% ../nbs/11_textmetrics.ipynb #c37
-MAUVE_TEXTS = 100      # of fewer texts not even equal sets are sure to have a MAUVE of 1
-
-
-def text_metrics(texts, references, others, embed, tokenizer, least=MAUVE_TEXTS):
+# %% ../nbs/11_textmetrics.ipynb #c38
+def text_metrics(texts, references, others, embed, tokenizer):
     """All metrics of a set of texts, a dict; `embed(texts)` gives features [n, width].
 
     `references` are the texts' targets, `others` those of other stories; ValueError for unequal numbers.
-    Fewer than `least` texts have no MAUVE."""
+    Fewer than MAUVE_TEXTS texts have no MAUVE."""
     if not len(texts) == len(references) == len(others):
         raise ValueError(f"{len(texts)} texts, {len(references)} references, {len(others)} other targets: "
                          "equal numbers are needed")
-    return set_metrics(texts) | mauve_metrics(texts, references, others, embed, tokenizer,
-                                              len(texts) >= least)
+    return set_metrics(texts) | mauve_metrics(texts, references, others, embed, tokenizer)
 
-# %% ../nbs/11_textmetrics.ipynb #c38
-def mauve_metrics(texts, references, others, embed, tokenizer, shown=True):
-    "MAUVE of texts, of real texts of other stories, and where it lies; None for each unless `shown`."
-    parts = ("mauve", "mauve_unpaired", "mauve_floor")
-    if not shown:
-        ends = [f"{name}{end}" for name in parts for end in ("", "_low", "_high")]
-        return dict.fromkeys([*ends, "mauve_against_floor", "mauve_unpaired_against_floor"])
+# %% ../nbs/11_textmetrics.ipynb #c39
+def mauve_metrics(texts, references, others, embed, tokenizer):
+    "MAUVE of texts, of real texts of other stories, and where it lies; None for too few texts."
     lengths = piece_counts(texts, tokenizer)
     own = embed(texts)
     real, other = (embed(cut_to(reals, lengths, tokenizer)) for reals in (references, others))
@@ -199,7 +222,7 @@ def mauve_metrics(texts, references, others, embed, tokenizer, shown=True):
         found[f"{name}_against_floor"] = against_floor(found[name], *floor)
     return found
 
-# %% ../nbs/11_textmetrics.ipynb #c43
+# %% ../nbs/11_textmetrics.ipynb #c44
 SAMPLE_FIELDS = ("story", "prompt", "draft", "reference", "output")
 
 
@@ -218,7 +241,7 @@ def samples(prompts, drafts, references, outputs):
     columns = range(len(outputs)), prompts, drafts, references, outputs
     return [dict(zip(SAMPLE_FIELDS, row)) for row in zip(*columns, strict=True)]
 
-# %% ../nbs/11_textmetrics.ipynb #c47
+# %% ../nbs/11_textmetrics.ipynb #c48
 def latency(call, repeats=5, warmup=1, limit=30.):
     """Median `seconds` of `call()`, the number of timed calls, `repeats`, and whether they were `warm`.
 

@@ -46,7 +46,7 @@ SECTIONS = ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head
             "cola_variants", "gpt2")
 TINY = dict(extends="base", stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus",
             widths=[32, 16], dropouts=[0., .05], shared_prior=True, flow_steps=2, seeds=1, samples=12, peer_stories=2,
-            gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
+            compared_stories=4, prompt_texts=4, gpt2="trained", timing_batches=[1, 2], claim_widths=[8],
             training={section: dict(steps=3, lr=5e-3, batch=4, slots=64, save_seconds=30) for section in SECTIONS},
             sizes=dict(encoder=dict(width=32, layers=2, heads=2, inner=64), timing_gpt2=dict(width=32, layers=1, heads=2),
                        prior=dict(layers=1, inner=32, heads=4), flow=dict(hidden=32, depth=1, heads=4),

@@ -147,7 +147,7 @@ def test_texts_alone_have_a_row_there(out):
     "Of the notebook that the test above has run: text metrics, and blanks for slot-wise ones."
     table = pd.read_csv(out / "tables" / "systems.csv")
     line, = table[table.system == "echo"].to_dict("records")
-    assert (line["mode"], line["draft"], line["dropout"], line["n"]) == ("START", "drop", .05, 2)
+    assert (line["mode"], line["draft"], line["dropout"], line["n"]) == ("START", "drop", .05, 4)
     assert all(math.isfinite(line[name]) for name in TEXT_METRICS) and line["exact_match"] == 0 < line["edits_to_draft"] < .5
     assert all(math.isnan(line[name]) for name in ("target_probability", "top1", "ce", "over_no_op", "run_parameters"))
     toy = table[(table.system == "toy") & (table.draft == "drop") & (table.dropout == .05)].iloc[0]

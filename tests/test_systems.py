@@ -14,7 +14,7 @@ from latentrefine.core import CLS, MASK, MODES, PAD, SEP, UNK, VOCAB, StudyError
 from latentrefine.draft_prior import start_latents, training_batch
 from latentrefine.encoder import Corpus
 from latentrefine.flow import flow_loss
-from latentrefine.measure import shares_latents
+from latentrefine.measure import models_for, results, shares_latents
 from latentrefine.presets import load_preset
 from latentrefine.realigned import open_mixed
 from latentrefine.recoverability import token_scores
@@ -24,7 +24,7 @@ from latentrefine.study import EVALUATION_SEED, Study
 from latentrefine.systems import cola, cola_study, cosmos, klflow
 from latentrefine.systems.klflow import generate
 from latentrefine.systems.lrd import LRDConfig, latent_refinements
-from latentrefine.training import Training, read_model
+from latentrefine.training import BUDGETS, Training, budget_name, read_model
 
 load_chapters()
 WITH_MODES = [name for name, entry in SYSTEMS.items() if len(entry.modes) > 1]
@@ -621,12 +621,19 @@ def test_the_first_words_of_cola_keep_distances():
     assert torch.equal(started.words.weight, found) and torch.equal(started.head.weight, found / 8 ** .5)
 
 
-def test_the_budget_curve_of_cola(study):
+@pytest.mark.parametrize("name", ["klflow", "cola"])
+def test_a_budget_curve(study, name):
     "Models with an eighth and half of the steps, at the first seed; the largest budget is the study's own model."
-    names = [cola_study.budget_name(times) for times in cola_study.BUDGETS]
-    assert names == ["cola-1of8", "cola-4of8", "cola"]
+    names = [budget_name(name, times) for times in BUDGETS]
+    assert names == [f"{name}-1of8", f"{name}-4of8", name]
     assert [models_of(study.preset)[one].first_seed for one in names] == [True, True, False]
-    steps = [read_model(study.model(name))[0]["training"]["steps"] for name in names]
-    whole = study.preset.training["cola"]["steps"]
-    assert steps == [max(1, whole // 8), whole // 2, whole]
+    steps = [read_model(study.model(one))[0]["training"]["steps"] for one in names]
+    whole = study.preset.training[name]["steps"]
+    assert steps == [max(1, whole // 8), max(1, whole // 2), whole]
+    assert set(names) <= set(models_for(study.preset, results()[name]))
+
+
+def test_models_of_a_budget_curve_differ_in_training_alone(study):
+    nets = [klflow.open_klflow(study, budget_name("klflow", times)).net for times in BUDGETS]
+    assert nets[0].config == nets[-1].config and not torch.equal(nets[0].head.weight, nets[-1].head.weight)
     assert cola_study.open_cola(study, 1).nets["prior"].config == cola_study.open_cola(study).nets["prior"].config

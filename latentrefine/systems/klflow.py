@@ -34,7 +34,8 @@ from ..registry import Model, SystemEntry, draft_rates, register_models, registe
 from ..stories import slot_stories
 from .simplex_paths import (
     END_FRACTION, PATHS, device_generator, fraction_at, kl_path, log_noise, posterior, target_logit, time_at)
-from ..training import config_of, finish, fit, load_weights, read_model, rows_at, save_model
+from ..training import (
+    BUDGETS, at_budget, budget_name, config_of, finish, fit, load_weights, read_model, rows_at, save_model)
 
 # %% ../../nbs/systems/41_klflow.ipynb #c05
 START_TIME = .2         # time at which a draft enters in the mode START, where its tokens are not clamped
@@ -423,30 +424,31 @@ PAPER_INPUT = "klflow-probability"                                  # the paper'
 PATH_MODELS = {path: f"klflow-path-{path}" for path in PATHS}       # with x_t as input, at warped times
 
 
-def train_klflow_of(study, folder, dropouts, section="klflow", **variant):
-    "Train a KL-Flow denoiser of a study; returns its curve."
+def train_klflow_of(study, folder, dropouts, section="klflow", times=BUDGETS[-1], **variant):
+    "Train a KL-Flow denoiser of a study for `times` the smallest budget; returns its curve."
     config = replace(KLFlowConfig(**study.sizes("klflow")), **variant)
-    batch, training = study.batches["train"], study.training(section)
+    batch, training = study.batches["train"], at_budget(study.training(section), times)
     return train_klflow(Corpus(batch, None), config, vocabulary_of(batch), dropouts, training, folder)[1]
 
 # %% ../../nbs/systems/41_klflow.ipynb #c51
 def klflow_models(preset):
-    "The KL-Flow denoiser of a preset and its variants."
+    "The KL-Flow denoiser of a preset, its budget curve and its variants."
     def model(name, section="klflow", **variant):
         given = dict(dropouts=draft_rates(preset), section=section, **variant)
-        group = "klflow-variants" if variant else "klflow"
+        group = "klflow-budget" if "times" in variant else "klflow-variants" if variant else "klflow"
         return Model(name, group, train_klflow_of, section, ("klflow",), parameters=given, curves=("ce",),
                      first_seed=bool(variant))
     reading = dict(state_input="probability")
     paths = [model(name, "paths", path=path, warped=True, **reading) for path, name in PATH_MODELS.items()]
-    return [model("klflow"), model(PAPER_INPUT, **reading), *paths]
+    budgets = [model(budget_name("klflow", times), times=times) for times in BUDGETS[:-1]]
+    return [model("klflow"), *budgets, model(PAPER_INPUT, **reading), *paths]
 
 
 register_models(klflow_models, ("klflow", "paths"), {"klflow": KLFlowConfig})
 
 # %% ../../nbs/systems/41_klflow.ipynb #c52
 def open_klflow(study, model="klflow"):
-    "KL-Flow of a study with the denoiser `model`: `klflow`, PAPER_INPUT or one of PATH_MODELS."
+    "KL-Flow of a study with the denoiser `model`: of its budget curve, PAPER_INPUT or one of PATH_MODELS."
     net = load_klflow(study.model(model))
     return KLFlow(study.encoder, net, switch=ODE_FRACTION * net.config.t_max)
 
