@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG_ZERO', 'gaps_of', 'places_of', 'total_weights', 'mask_gaps', 'shift_counts', 'gap_posterior', 'Alignment',
-           'select_counts', 'align', 'realign', 'trace_back', 'fill_up', 'best_gaps', 'likeliest_gaps',
+           'select_counts', 'align', 'realign', 'token_mixture', 'trace_back', 'fill_up', 'best_gaps', 'likeliest_gaps',
            'hard_alignment', 'expand_gaps']
 
 # %% ../nbs/26_realign.ipynb #c02
@@ -141,7 +141,19 @@ def realign(alignment, z_d, fill):
     gaps = alignment.fills.to(fill.dtype).flatten(2) @ fill.flatten(1, 2)
     return alignment.reads.to(z_d.dtype) @ z_d + gaps
 
-# %% ../nbs/26_realign.ipynb #c26
+# %% ../nbs/26_realign.ipynb #c25
+def token_mixture(alignment, draft_ids, missing):
+    """Log-probabilities [batch, slots, vocab] of the mixture of draft tokens and predicted missing tokens.
+
+    draft_ids: [batch, slots]; missing: log-probabilities [batch, slots, vocab] of a missing token.
+    Slots after the target's end get [PAD]. Probabilities are at least 1e-9, a cross-entropy of 20.7 nats.
+    """
+    mixed = alignment.missing[..., None] * missing.exp()
+    mixed = mixed.scatter_add(2, draft_ids[:, None].expand_as(alignment.reads), alignment.reads)
+    mixed[..., PAD] += (1 - alignment.within).clamp(min=0)
+    return mixed.clamp(min=1e-9).log()
+
+# %% ../nbs/26_realign.ipynb #c28
 def trace_back(best, choices):
     "Gaps [batch, slots] of the path that ends with the highest of the scores `best` [batch, counts]."
     count, path = best.argmax(-1, keepdim=True), []
@@ -157,7 +169,7 @@ def fill_up(gaps, mask, ended, length):
     left = (length - have - gaps.sum(1)).clamp(min=0).where(~ended, 0)
     return gaps.scatter_add(1, have[:, None], left[:, None])
 
-# %% ../nbs/26_realign.ipynb #c27
+# %% ../nbs/26_realign.ipynb #c29
 @torch.no_grad()
 def best_gaps(alignment, mask, ended, length):
     """Gaps [batch, slots + 1] of the monotone path with the most expected tokens on their own slots.
@@ -178,7 +190,7 @@ def best_gaps(alignment, mask, ended, length):
         best = best + hits[:, i] * mask[:, i, None]
     return fill_up(F.pad(trace_back(best, choices).where(mask, 0), (0, 1)), mask, ended, length)
 
-# %% ../nbs/26_realign.ipynb #c28
+# %% ../nbs/26_realign.ipynb #c30
 @torch.no_grad()
 def likeliest_gaps(gaps, mask, ended, length):
     """Gaps [batch, slots + 1] of the most probable alignment whose total the length allows.
@@ -195,7 +207,7 @@ def likeliest_gaps(gaps, mask, ended, length):
         choices.append(choice)
     return fill_up(trace_back(best + weights, choices), mask, ended, length)
 
-# %% ../nbs/26_realign.ipynb #c29
+# %% ../nbs/26_realign.ipynb #c31
 def hard_alignment(gaps, mask, max_gap=3):
     """The `Alignment` with probability 1 on the given gaps [batch, slots + 1].
 
@@ -209,7 +221,7 @@ def hard_alignment(gaps, mask, max_gap=3):
     fills = F.one_hot(rank.clamp(0, max_gap - 1), max_gap) * inside[..., None]
     return Alignment(reads.float(), fills.float())
 
-# %% ../nbs/26_realign.ipynb #c35
+# %% ../nbs/26_realign.ipynb #c37
 def expand_gaps(ids, mask, gaps):
     """(ids, mask), each [batch, slots], of drafts with every token on its own slot and [MASK] in the gaps.
 

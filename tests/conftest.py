@@ -41,8 +41,8 @@ def tiny_bert(tmp_path_factory):
     return str(folder)
 
 
-SECTIONS = ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "aligner", "klflow", "paths",
-            "masked", "cosmos_autoencoder", "cosmos", "refiner", "cosmos_variants", "cola_autoencoder", "cola",
+SECTIONS = ("encoder", "autoencoder", "prior", "long", "flow", "residual", "head", "gaussian", "realign", "aligner", "klflow",
+            "paths", "masked", "cosmos_autoencoder", "cosmos", "refiner", "cosmos_variants", "cola_autoencoder", "cola",
             "cola_variants", "gpt2")
 TINY = dict(extends="base", stories="embedded", limit=160, test=12, precision="float32", vocabulary="corpus",
             widths=[32, 16], dropouts=[0., .05], shared_prior=True, flow_steps=2, seeds=1, samples=12, peer_stories=2,

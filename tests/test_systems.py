@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentrefine.aligner import aligner_name, threshold_of
+from latentrefine.aligner import aligner_name, calibration_of
 from latentrefine.autoencoder import open_autoencoder
 from latentrefine.core import CLS, MASK, MODES, PAD, SEP, UNK, VOCAB, StudyError
 from latentrefine.draft_prior import start_latents, training_batch
@@ -337,14 +337,15 @@ def test_the_control_copies_a_clean_draft(systems, study):
     assert other[clean.target_mask].mean() < .5
 
 
-def test_the_threshold_is_selected_once_on_validation_drafts(study, systems, monkeypatch):
-    "The first opening selects it by its rule and writes it beside the aligner; later ones read no draft."
+def test_the_aligner_is_calibrated_once_on_validation_drafts(study, systems, monkeypatch):
+    "The first opening selects shift and temperature and writes them beside the aligner; later ones read no draft."
     folder, opened = study.model(aligner_name(study.full)), systems["re-aligned"]
     asked, drafts = [], study.drafts
     monkeypatch.setattr(study, "drafts", lambda *args, **more: asked.append((*args, *more.values())) or drafts(*args, **more))
-    assert threshold_of(study, opened.aligner, folder) == opened.unchanged_threshold and not asked
-    (folder / "threshold.json").unlink()
-    assert threshold_of(study, opened.aligner, folder) == opened.unchanged_threshold
+    found, given = dict(shift=opened.shift, temperature=opened.temperature), (opened.aligner, opened.autoencoder.decoder, folder)
+    assert calibration_of(study, *given) == found and not asked
+    (folder / "calibration.json").unlink()
+    assert calibration_of(study, *given) == found
     assert {one[1] for one in asked} == {"validation"} and {one[0] for one in asked} == {0., MAIN_RATE}
 
 
@@ -481,7 +482,7 @@ def shortly(study, steps, out, seed=1337):
     sections = study.preset.training
     settings = [f"training.{name}.{field}" for name in sections for field in (f"steps={steps}", "save_seconds=0")]
     one = copy.copy(study)
-    one.preset = load_preset(study.preset_path, [*settings, f"training.aligner.steps={4 * steps}"])
+    one.preset = load_preset(study.preset_path, [*settings, f"training.realign.steps={12 * steps}"])
     one.seed, one.model = seed, lambda name: study.model(name)
     return one
 
