@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'COMMANDS', 'Defaults', 'shared_options', 'add_reproduce', 'add_refine', 'add_system', 'add_evaluate',
            'add_benchmark', 'parser', 'split_words', 'absolute', 'absolute_plugins', 'study_of', 'do_reproduce',
-           'do_render', 'do_plan', 'do_tables', 'do_refine', 'do_evaluate', 'do_benchmark', 'main']
+           'group_results', 'do_render', 'do_plan', 'do_tables', 'committed_of', 'say_compared', 'do_compare',
+           'do_publish', 'do_refine', 'do_evaluate', 'do_benchmark', 'main']
 
 # %% ../nbs/68_command.ipynb #c02
 import argparse
@@ -41,7 +42,7 @@ def shared_options():
                         help="embedded, rocstories, or a .csv, .jsonl or .txt file (also .gz); empty: the "
                              "preset's")
     shared.add_argument("--out", default="",
-                        help="output folder; empty: outputs/PRESET, with overrides "
+                        help="output folder; empty: outputs/runs/PRESET, with overrides "
                              "outputs/runs/PRESET-OVERRIDES")
     shared.add_argument("--seed", type=int, default=1337, help="the first training seed")
     shared.add_argument("--seeds", type=int, default=0, help="number of training seeds; 0: the preset's")
@@ -54,6 +55,7 @@ def add_reproduce(command):
                      help="results and models such as table2, prior-384-shared; "
                      "overrides such as training.prior.steps=400; no target: everything")
     one.add_argument("--cores", type=int, default=os.cpu_count(), help="cores that the notebooks share")
+    one.add_argument("--group", default="", help="the results of a group: report, peers or baselines")
     two = command("render", "Render results from rows that are there, without models and without measuring.")
     two.add_argument("targets", nargs="*", metavar="RESULT",
                      help="results such as table2; none: all that have rows")
@@ -61,6 +63,11 @@ def add_reproduce(command):
     three.add_argument("targets", nargs="*", metavar="TARGET or FIELD=VALUE", help="as in reproduce")
     four = command("tables", "Print the tables of a study.")
     four.add_argument("targets", nargs="*", metavar="TABLE", help="tables such as table2; none: all")
+    five = command("compare", "Compare a run with the committed one, value by value; exit code 1 if a value "
+                   "lies outside its interval.")
+    five.add_argument("--with", dest="other", default="", metavar="FOLDER",
+                      help="the run to compare with; empty: outputs/PRESET")
+    command("publish", "Copy a finished run to outputs/PRESET, to be committed; a mixed one is refused.")
 
 # %% ../nbs/68_command.ipynb #c08
 def add_refine(command):
@@ -166,10 +173,20 @@ def do_reproduce(given, more):
     if given.cores < 1: raise StudyError(f"--cores {given.cores}: at least 1 is needed")
     targets, overrides = split_words(given.targets)
     study = study_of(given, overrides)
+    targets += group_results(study, given.group) if given.group else []
     seconds = reproduce(study, targets, given.cores, more)
     what, page = f"{study.out}: {', '.join(targets) or 'every table and figure'}", study.out / "report.html"
     if seconds is None: print(f"{what} up to date, nothing to do")
     else: print(f"{what} made in {seconds / 60:.1f} min" + (f"; open {page}" if page.exists() else ""))
+    if not targets and (committed_of(study) / "tables").is_dir(): say_compared(study, committed_of(study))
+
+# %% ../nbs/68_command.ipynb #c16
+def group_results(study, group):
+    "Names of the results of a group that the preset makes; StudyError for an unknown group."
+    from latentrefine.measure import results_of
+    found = [name for name, entry in results_of(study.preset).items() if entry["group"] == group]
+    if not found: raise StudyError(f"--group {group}: no results; choose report, peers or baselines")
+    return found
 
 
 def do_render(given, more):
@@ -177,7 +194,7 @@ def do_render(given, more):
     study = study_of(given, ())
     print(f"{', '.join(render(study, given.targets))} rendered; open {study.out / 'report.html'}")
 
-# %% ../nbs/68_command.ipynb #c16
+# %% ../nbs/68_command.ipynb #c17
 def do_plan(given, more):
     from latentrefine.reproduce import due_nodes, nodes, targets_of
     targets, overrides = split_words(given.targets)
@@ -187,7 +204,7 @@ def do_plan(given, more):
     for name, node in graph.items(): print(f"{'due ' if name in due else '    '} {name:40} {node.notebook}")
     print(f"{len(due)} of {len(graph)} nodes are due")
 
-# %% ../nbs/68_command.ipynb #c17
+# %% ../nbs/68_command.ipynb #c18
 def do_tables(given, more):
     study = study_of(given, ())
     folder = study.out / "tables"
@@ -199,7 +216,39 @@ def do_tables(given, more):
             raise StudyError(f"table {name}: not in {folder}, which has {', '.join(known)}; {remedy}")
         print(f"\n{name}\n\n{(folder / f'{name}.md').read_text(encoding='utf-8')}")
 
+# %% ../nbs/68_command.ipynb #c19
+def committed_of(study):
+    "The folder of the committed run of a study's preset."
+    from latentrefine.core import ROOT
+    return ROOT / "outputs" / study.preset_name
 
+
+def say_compared(study, committed):
+    "Print how a run compares with the committed one; returns whether a value lies outside its interval."
+    from latentrefine.compare import compare, summary_of
+    if study.out == committed: raise StudyError(f"{committed}: the run itself; give --out or --with")
+    lines = compare(committed, study.out)
+    outside = lines[lines.outcome == "outside"].drop(columns="outcome")
+    if len(outside): print(outside.to_string(index=False, float_format="%.4g"))
+    print(f"{summary_of(lines)} ({committed})")
+    return len(outside) > 0
+
+
+def do_compare(given, more):
+    study = study_of(given, ())
+    other = Path(absolute(given.other)) if given.other else committed_of(study)
+    return 1 if say_compared(study, other) else 0
+
+
+def do_publish(given, more):
+    from latentrefine.compare import publish
+    from latentrefine.measure import results_of
+    study = study_of(given, ())
+    missing = [name for name in results_of(study.preset)
+               if not (study.out / "answers" / f"{name}.json").exists()]
+    print(f"{publish(study.out, committed_of(study), missing)}: published; look at it with git status")
+
+# %% ../nbs/68_command.ipynb #c20
 def do_refine(given, more):
     from latentrefine.refine import refine_command
     if given.out.endswith(".jsonl"): given.write, given.out = given.out, ""      # --out names the file
@@ -210,17 +259,17 @@ def do_evaluate(given, more):
     from latentrefine.evaluation import evaluate_command
     evaluate_command(study_of(given, given.settings, own_stories=False), given)
 
-# %% ../nbs/68_command.ipynb #c18
+# %% ../nbs/68_command.ipynb #c21
 def do_benchmark(given, more):
     from latentrefine.benchmark import benchmark_command
     study = study_of(given, given.settings, own_stories=False)      # checks preset and overrides
     benchmark_command(study.preset_path, study.overrides, given.write)
 
-# %% ../nbs/68_command.ipynb #c19
+# %% ../nbs/68_command.ipynb #c22
 COMMANDS = dict(reproduce=do_reproduce, render=do_render, plan=do_plan, tables=do_tables, refine=do_refine,
-                evaluate=do_evaluate, benchmark=do_benchmark)
+                evaluate=do_evaluate, benchmark=do_benchmark, compare=do_compare, publish=do_publish)
 
-# %% ../nbs/68_command.ipynb #c20
+# %% ../nbs/68_command.ipynb #c23
 def main(arguments=None):
     "The command `latentrefine`: exit code 0, 2 for a user's error, 130 for Ctrl-C."
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -229,7 +278,7 @@ def main(arguments=None):
         given = parser().parse_args(words)
         if more and given.command != "reproduce":
             raise StudyError(f"words behind -- are for reproduce, not for {given.command}")
-        COMMANDS[given.command](given, more)
+        return COMMANDS[given.command](given, more) or 0
     except StudyError as error:
         print(f"latentrefine: error: {error}", file=sys.stderr)
         return 2
@@ -238,7 +287,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("\nlatentrefine: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
-    return 0
+    return 0        # the reader has left
 
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -112,7 +112,7 @@ def entry_of(name):
     return SYSTEMS[name]
 
 # %% ../nbs/06_registry.ipynb #c18
-STUDY_MODULES = ("presets", "study", "measure", "report", "page", "refine", "evaluation", "front",
+STUDY_MODULES = ("presets", "study", "measure", "report", "compare", "page", "refine", "evaluation", "front",
                  "reproduce", "command", "notebooks", "workers",
                  "benchmark")
 

@@ -47,8 +47,8 @@ def stories_digest(source):
 
 
 def default_out(preset, overrides):
-    "The output folder of a preset, below the checkout; a run with overrides has its own, which git ignores."
-    return f"outputs/runs/{preset}-{label_of(overrides)}" if overrides else f"outputs/{preset}"
+    "The output folder of a run, which git ignores; `latentrefine publish` copies it to outputs/PRESET."
+    return f"outputs/runs/{preset}" + (f"-{label_of(overrides)}" if overrides else "")
 
 
 def label_of(overrides):
