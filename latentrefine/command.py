@@ -239,7 +239,7 @@ def do_compare(given, more):
     other = Path(absolute(given.other)) if given.other else committed_of(study)
     return 1 if say_compared(study, other) else 0
 
-
+# %% ../nbs/68_command.ipynb #c20
 def do_publish(given, more):
     from latentrefine.compare import publish
     from latentrefine.measure import results_of
@@ -248,7 +248,7 @@ def do_publish(given, more):
                if not (study.out / "answers" / f"{name}.json").exists()]
     print(f"{publish(study.out, committed_of(study), missing)}: published; look at it with git status")
 
-# %% ../nbs/68_command.ipynb #c20
+# %% ../nbs/68_command.ipynb #c21
 def do_refine(given, more):
     from latentrefine.refine import refine_command
     if given.out.endswith(".jsonl"): given.write, given.out = given.out, ""      # --out names the file
@@ -259,17 +259,17 @@ def do_evaluate(given, more):
     from latentrefine.evaluation import evaluate_command
     evaluate_command(study_of(given, given.settings, own_stories=False), given)
 
-# %% ../nbs/68_command.ipynb #c21
+# %% ../nbs/68_command.ipynb #c22
 def do_benchmark(given, more):
     from latentrefine.benchmark import benchmark_command
     study = study_of(given, given.settings, own_stories=False)      # checks preset and overrides
     benchmark_command(study.preset_path, study.overrides, given.write)
 
-# %% ../nbs/68_command.ipynb #c22
+# %% ../nbs/68_command.ipynb #c23
 COMMANDS = dict(reproduce=do_reproduce, render=do_render, plan=do_plan, tables=do_tables, refine=do_refine,
                 evaluate=do_evaluate, benchmark=do_benchmark, compare=do_compare, publish=do_publish)
 
-# %% ../nbs/68_command.ipynb #c23
+# %% ../nbs/68_command.ipynb #c24
 def main(arguments=None):
     "The command `latentrefine`: exit code 0, 2 for a user's error, 130 for Ctrl-C."
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -188,6 +188,24 @@ def test_tables_are_printed(whole):
     refused("tables", "table9", "--preset", preset, "--out", out, says=["table9", "table3", "latentrefine reproduce"])
 
 
+def test_a_run_is_compared_with_another(whole, tmp_path):
+    "Value by value; exit code 1 where one lies outside its interval; a run is not compared with itself."
+    out, preset, _ = whole
+    shutil.copytree(out / "tables", tmp_path / "tables")
+    given = "compare", "--preset", preset, "--out", out, "--with"
+    code, said, err = call(*given, tmp_path)
+    whole_count = re.search(r"(\d+) of (\d+) committed values reproduced", said)
+    assert code == 0 and whole_count and whole_count[1] == whole_count[2] and int(whole_count[1]) > 20, said + err
+    frame = pd.read_csv(tmp_path / "tables" / "table3.csv")
+    frame.loc[0, ["target_probability", "target_probability_low", "target_probability_high"]] = .5
+    frame.to_csv(tmp_path / "tables" / "table3.csv", index=False)
+    code, said, _ = call(*given, tmp_path)
+    assert code == 1 and f"{int(whole_count[1]) - 1} of {whole_count[1]}" in said and "table3" in said
+    refused(*given, out, says=["the run itself", "--with"])
+    refused("reproduce", "--preset", preset, "--out", out, "--group", "all", says=["--group all", "peers"])
+    refused("publish", "--preset", preset, "--out", tmp_path, says=["not finished"])
+
+
 # Measuring and telling
 
 def test_telling_measures_nothing(whole, tmp_path):
