@@ -10,7 +10,8 @@ __all__ = ['NOT_SIZES', 'TARGET_LENGTH', 'KEEP_LENGTH', 'FEWEST', 'FLOOR', 'PUBL
            'beside_published', 'text_row', 'continuations', 'other_stories', 'scoring_of', 'TextEvaluator',
            'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used', 'reached', 'modules_of', 'code_digest',
            'published_named', 'imports_of', 'settings_digest', 'results', 'systems_of', 'results_of', 'models_for',
-           'nodes_for', 'trained_at', 'models_digest', 'executed_cells', 'measuring_digest', 'measured',
+           'nodes_for', 'trained_at', 'models_digest', 'executed_cells', 'measuring_source', 'digest_of',
+           'measuring_facts', 'measuring_digest', 'notebook_source', 'needed_models', 'source_digest', 'measured',
            'recorded_digest', 'save_scores', 'load_scores']
 
 # %% ../nbs/62_measure.ipynb #c02
@@ -302,14 +303,14 @@ def text_table(rows, keys, name, values, more=()):
 # %% ../nbs/62_measure.ipynb #c30
 @lru_cache
 def syntax(source):
-    "The syntax tree of Python source as text, docstrings left out."
+    "Python source without docstrings and comments, laid out anew."
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [s for s in body
                          if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    return ast.dump(tree)
+    return ast.unparse(tree)
 
 
 def code_cells(path):
@@ -471,31 +472,70 @@ def executed_cells():
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     return [cell for cell in shell.user_ns["In"] if cell] if shell else []
 
-
-def measuring_digest(study, entry, measure):
-    "The digest that the rows of a result carry."
-    cells = executed_cells() or [inspect.getsource(inspect.getmodule(measure))]
-    source = "\n".join(reached(cells, measure.__name__, FROM_OUTSIDE))
-    systems, seeds = systems_of(entry, study.preset), 1 if entry.get("seeds") == "first" else study.seeds
-    code = code_digest(source), code_digest(imports_of([system.open for system in systems]))
-    read = {name: recorded_digest(study.out / "tables" / f"{name}.json") for name in entry.get("results", [])}
-    facts = [*code, [system.name for system in systems], published_named(source), models_digest(study, entry),
-             settings_digest(study, entry.get("settings", []), seeds), read]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
 # %% ../nbs/62_measure.ipynb #c45
+def measuring_source(cells, measure):
+    "Source of the cells that the function called `measure` reaches."
+    return "\n".join(reached(cells, measure, FROM_OUTSIDE))
+
+
+def digest_of(*facts):
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def measuring_facts(study, entry, source):
+    "What the rows of a result depend on in code: its own, that of its systems, and published values."
+    systems = systems_of(entry, study.preset)
+    code = code_digest(source), code_digest(imports_of([system.open for system in systems]))
+    return [*code, [system.name for system in systems], published_named(source)]
+
+
+def measuring_digest(study, entry, source):
+    "The digest by which rows are used again: code, settings, stories, seeds and the weights of the models."
+    seeds = 1 if entry.get("seeds") == "first" else study.seeds
+    read = {name: recorded_digest(study.out / "tables" / f"{name}.json") for name in entry.get("results", [])}
+    return digest_of(*measuring_facts(study, entry, source), models_digest(study, entry),
+                     settings_digest(study, entry.get("settings", []), seeds), read)
+
+# %% ../nbs/62_measure.ipynb #c47
+def notebook_source(name):
+    "Source that the measuring function of the result `name` reaches in its notebook."
+    cells = code_cells(RESULTS / f"{results()[name].get('notebook', name)}.ipynb")
+    calls = [re.search(rf'measured\(study, "{name}", (\w+)\)', cell) for cell in cells]
+    place, call = next((place, call) for place, call in enumerate(calls) if call)
+    return measuring_source(cells[:place + 1], call[1])
+
+
+def needed_models(preset, entry):
+    "The models that a result loads and those that these need, by name."
+    models, due = models_of(preset), list(models_for(preset, entry))
+    for name in due: due += [need for need in models[name].needs if need not in due]
+    return {name: models[name] for name in due}
+
+
+def source_digest(study, entry, source):
+    "The digest of the code and the preset fields behind the rows of a result, training included."
+    preset, trained = study.preset.model_dump(), needed_models(study.preset, entry).items()
+    settings = {name: preset[name] for name in (*COMMON, *entry.get("settings", []))}
+    training = {name: [preset["training"][model.section], [preset["sizes"][part] for part in model.sizes],
+                       model.parameters, code_digest(imports_of([model.train]))] for name, model in trained}
+    return digest_of(*measuring_facts(study, entry, source), settings, training)
+
+# %% ../nbs/62_measure.ipynb #c48
 def measured(study, name, measure):
     """The wide table of the result `name`, measured unless its rows carry the digest of this measurement.
     `measure(study)` returns (rows, table) or (rows, table, scores): lists of `Recoverability` by key."""
     entry, folder = results()[name], study.out / "tables"
     render_only = os.environ.get("LATENTREFINE_RENDER_ONLY") and (folder / f"{name}.csv").exists()
-    digest = None if render_only else measuring_digest(study, entry, measure)
+    source = measuring_source(executed_cells() or [inspect.getsource(inspect.getmodule(measure))],
+                              measure.__name__)
+    digest = None if render_only else measuring_digest(study, entry, source)
     if not render_only and recorded_digest(folder / f"{name}.json") != digest:
         rows, table, *scores = measure(study)
         if scores: save_scores(study.out / "scores" / f"{name}.npz", scores[0])
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
         run = provenance(entry.get("notebook", name), study.preset_name, time.monotonic() - study.started)
-        save_rows(folder / f"{name}.json", rows, {**run, "digest": digest})
+        made = dict(digest=digest, source=source_digest(study, entry, source))
+        save_rows(folder / f"{name}.json", rows, {**run, **made})
     return pd.read_csv(folder / f"{name}.csv")
 
 
@@ -505,7 +545,7 @@ def recorded_digest(path):
     try: return load_rows(path)[0].get("digest") if there else None
     except (StudyError, IndexError, AttributeError): return None
 
-# %% ../nbs/62_measure.ipynb #c46
+# %% ../nbs/62_measure.ipynb #c49
 def save_scores(path, scores):
     "Write per-story sums of scores, [stories, scores and valid slots], a named array for each key and seed."
     arrays = {f"{'|'.join(map(str, key))}|{number}": one.sums.numpy().astype("float32")

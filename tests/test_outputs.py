@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from latentrefine.core import ROOT, ROW_FIELDS
-from latentrefine.measure import TARGET_LENGTH, published, results, results_of, systems_of
+from latentrefine.measure import TARGET_LENGTH, notebook_source, published, results, results_of, source_digest, systems_of
 from latentrefine.presets import load_preset
 from latentrefine.registry import MAIN_RATE, load_chapters
 from latentrefine.report import base_column, columns
@@ -53,7 +53,7 @@ def test_there_are_runs(): assert {"quick", "cpu"} <= set(RUNS)
 @every_result
 def test_schema(run, name):
     rows = rows_of(run, name)
-    facts = FACTS if run in WITHOUT_DIGEST else {**FACTS, "digest": str}
+    facts = FACTS if run in WITHOUT_DIGEST else {**FACTS, "digest": str, "source": str}
     assert rows and len({row.get("digest") for row in rows}) == 1
     for number, row in enumerate(rows):
         assert not [f for f in ROW_FIELDS if f not in row], number
@@ -63,6 +63,15 @@ def test_schema(run, name):
         for field, value in row.items():
             if isinstance(value, float): assert math.isfinite(value), (number, field)
             if field in FRACTIONS and value is not None: assert 0 <= value <= 1 + 1e-9, (number, field, value)
+
+
+@every_result
+def test_rows_are_those_of_the_present_code(run, name):
+    "The digest of the code that measured and trained, and of the preset, is that of a table's notebook today."
+    if run in WITHOUT_DIGEST: pytest.skip("measured before rows carried it")
+    digest = source_digest(Study(run), RESULTS[name], notebook_source(name))
+    stale = f"{run}/{name} is stale: latentrefine reproduce {name} --preset {run}, then latentrefine publish"
+    assert rows_of(run, name)[0]["source"] == digest, stale
 
 
 @every_run

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from latentrefine.core import ROOT, ROW_FIELDS, load_rows
-from latentrefine.measure import results, systems_of
+from latentrefine.measure import notebook_source, results, source_digest, systems_of
 from latentrefine.notebooks import NOTEBOOKS, lock, run_node
 from latentrefine.presets import load_preset
 from latentrefine.registry import models_of
@@ -72,10 +73,10 @@ def test_every_notebook_was_run(whole):
 
 
 def test_rows_carry_their_origin(whole):
-    out, facts = whole[0], (*ROW_FIELDS, *PROVENANCE, "digest", "stories", "train_stories", "vocabulary", "reduced")
+    out, facts = whole[0], (*ROW_FIELDS, *PROVENANCE, "digest", "source", "stories", "train_stories", "vocabulary", "reduced")
     for name in RESULTS:
         rows = load_rows(out / "tables" / f"{name}.json")
-        assert rows, name
+        assert rows and rows[0]["source"] == source_digest(Study(whole[1]), RESULTS[name], notebook_source(name)), name
         for row in rows:
             assert not [f for f in facts if f not in row], (name, row)
             assert "MLM on the stories" in row["encoder"] or row["system"].startswith(("GPT-2", "autoregressive")), (name, row)
