@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -382,3 +383,30 @@ def test_kept_states_change_nothing_but_rounding(trained, tmp_path, monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
     monkeypatch.setattr(Study, "cached_encoder", property(lambda study: study.encoder))
     for line, other in zip(kept, curve()): assert line["loss"] == pytest.approx(other["loss"], rel=5e-3)
+
+
+# A real Slurm of one node, which slurm.sh starts
+
+SCRIPT, TARGETS = Path(__file__).with_name("slurm.sh"), ("table1", "table2")
+NEEDED = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name)]
+if not find_spec("snakemake_executor_plugin_slurm"): NEEDED.append("snakemake-executor-plugin-slurm")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if NEEDED or os.geteuid(): pytest.skip(f"not installed: {', '.join(NEEDED)}" if NEEDED else "root is needed to start Slurm")
+    folder = tmp_path_factory.mktemp("slurm")
+    code = subprocess.run(["bash", SCRIPT, "start", folder], capture_output=True).returncode
+    if code == 3: pytest.skip("this machine has a Slurm of its own")
+    assert code == 0, "Slurm does not start"
+    yield folder
+    subprocess.run(["bash", SCRIPT, "stop", folder], capture_output=True)
+
+
+def test_a_cluster_makes_the_tables_of_one_machine(slurm, whole, tmp_path):
+    out, preset, _ = whole
+    more = "--executor", "slurm", "--jobs", "4", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2"
+    code, said, err = call("reproduce", *TARGETS, "--preset", preset, "--out", tmp_path, "--", *more)
+    assert code == 0, said + err
+    for name in TARGETS: assert (tmp_path / "tables" / f"{name}.csv").read_bytes() == (out / "tables" / f"{name}.csv").read_bytes()
+    assert "submitted with SLURM jobid" in (tmp_path / "logs" / "study.log").read_text()
