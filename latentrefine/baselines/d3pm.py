@@ -16,7 +16,7 @@ from ..aligner import has_end_marker
 from ..autoencoder import full_vocabulary_logits, valid_slots
 from .mdlm import MaskedSampler, Persistent, draw, uniform_noise
 from ..blocks import time_features
-from ..core import PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator
+from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator
 from ..drafts import with_drafts
 from ..systems.klflow import chunk_size
 from ..systems.lrd import MaskedDiffusion, kl_divergence, masked_fractions
