@@ -140,10 +140,10 @@ class D3PM(MaskedSampler, Persistent):
 
     @torch.no_grad()
     def slot_logits(self, batch, steps=32, seed=0):
-        "RefineOutput after `steps` steps (at least one): log-probabilities of the last step."
+        "RefineOutput after steps of 1 / `steps`, at least one: log-probabilities of the last step."
         steps = max(1, steps)
         parts = [uniform_sample(self, part, steps, seed) for part in batch.to(device()).chunks(chunk_size())]
-        return RefineOutput(torch.cat(parts), None, steps)
+        return RefineOutput(torch.cat([logits for logits, _ in parts]), None, parts[0][1])
 
     @torch.no_grad()
     def nelbo(self, batch, passes=8, seed=0):
@@ -164,11 +164,12 @@ def initial_tokens(system, batch, u):
 
 # %% ../../nbs/baselines/57_d3pm.ipynb #c21
 def uniform_sample(system, batch, steps, seed):
-    "Logits [batch, 32, vocab] of the last of `steps` steps."
+    "(logits [batch, 32, vocab] of the last step, number of steps); `steps`: from t = 1."
     net, u = system.net, uniform_noise(batch, steps + 1, seed)
     x, start = initial_tokens(system, batch, u[..., -1])
     everything, draft_mask = torch.ones_like(batch.draft_mask), system.draft_mask(batch)
-    times = torch.linspace(start, 0, steps + 1, device=x.device)
+    count = max(1, round(steps * start))
+    times = torch.linspace(start, 0, count + 1, device=x.device)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:])):
         with autocast(system.encoder.precision):
             logits = net(batch, draft_mask, x, t.expand(len(batch)), everything)
@@ -178,7 +179,7 @@ def uniform_sample(system, batch, steps, seed):
         found = p.clamp(min=1e-30).log().unflatten(0, x.shape)
         def logits(found=found): return full_vocabulary_logits(found, net.reader.kept)
         if system.on_step is not None: system.on_step(step, logits)
-    return logits()
+    return logits(), count
 
 # %% ../../nbs/baselines/57_d3pm.ipynb #c30
 from ..autoencoder import autoencoder_name, open_autoencoder

@@ -68,7 +68,8 @@ def rewrites_at(rate):
     return lambda study, batch, seed: rewritten(open_mdlm(study), batch, rate, seed)
 
 
-EXTERNAL = {"rewrite 15 %": rewrites_at(.15), "rewrite 30 %": rewrites_at(.3), "continuation": continuations_of}
+EXTERNAL = {"rewrite 15 %": rewrites_at(.15), "rewrite 30 %": rewrites_at(.3),
+            "continuation": continuations_of}
 KEEP_TARGET = ("rewrite 15 %", "rewrite 30 %")
 
 
