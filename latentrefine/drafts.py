@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'MORE_CORRUPTIONS', 'clean_batch', 'keep_mask', 'pack', 'drop_tokens', 'mask_tokens', 'replace_tokens',
-           'drop_first', 'drop_last', 'shift_right', 'drop_words', 'insert_tokens', 'swap_tokens', 'with_drafts']
+           'drop_first', 'drop_last', 'shift_right', 'drop_words', 'insert_tokens', 'insert_at', 'swap_tokens',
+           'swap_at', 'one_token', 'insert_one', 'swap_one', 'with_drafts']
 
 # %% ../nbs/02_drafts.ipynb #c02
 from dataclasses import replace
@@ -83,7 +84,11 @@ def insert_tokens(ids, mask, dropout, gen):
     """Draft ids and mask: a foreign token before each token that `drop_tokens` would drop.
 
     It is drawn uniformly from the word pieces of these targets. Tokens beyond the last slot are lost."""
-    chosen = mask & ~keep_mask(ids, mask, dropout, gen)
+    return insert_at(ids, mask, mask & ~keep_mask(ids, mask, dropout, gen), gen)
+
+
+def insert_at(ids, mask, chosen, gen):
+    "Draft ids and mask: a foreign token before the tokens `chosen`, bool [stories, 32]; as `insert_tokens`."
     words = ids[mask & (ids != SEP)].unique()
     foreign = words[torch.randint(len(words), ids.shape, generator=gen)]
     both = torch.stack([foreign, ids], 2).flatten(1)      # [stories, 64], each token after its foreign one
@@ -93,16 +98,39 @@ def insert_tokens(ids, mask, dropout, gen):
 # %% ../nbs/02_drafts.ipynb #c15
 def swap_tokens(ids, mask, dropout, gen):
     "Draft ids and mask: each token that `drop_tokens` would drop is exchanged with the one before it."
-    chosen, draft_ids = mask & ~keep_mask(ids, mask, dropout, gen), ids.clone()
+    return swap_at(ids, mask, mask & ~keep_mask(ids, mask, dropout, gen))
+
+
+def swap_at(ids, mask, chosen):
+    "Draft ids and mask: the tokens `chosen`, bool [stories, 32], exchanged with those before them, in turn."
+    draft_ids = ids.clone()
     for i in range(1, ids.shape[1]):
         pair = draft_ids[:, i - 1:i + 1]
         draft_ids[:, i - 1:i + 1] = pair.flip(1).where(chosen[:, i, None], pair)
     return draft_ids, mask
 
 # %% ../nbs/02_drafts.ipynb #c17
+def one_token(ids, mask, gen, first):
+    "One random token of each text, not `[SEP]`, in slot `first` or later; bool [stories, 32]."
+    allowed = mask & (ids != SEP) & (torch.arange(ids.shape[1]) >= first)
+    place = torch.rand(ids.shape, generator=gen).masked_fill(~allowed, -1.).argmax(1, keepdim=True)
+    return torch.zeros_like(mask).scatter(1, place, True) & allowed
+
+
+def insert_one(ids, mask, dropout, gen):
+    "Draft ids and mask: a foreign token before one random token; `dropout` is not used."
+    return insert_at(ids, mask, one_token(ids, mask, gen, 0), gen)
+
+
+def swap_one(ids, mask, dropout, gen):
+    "Draft ids and mask: one random token exchanged with the one before it; `dropout` is not used."
+    return swap_at(ids, mask, one_token(ids, mask, gen, 1))
+
+# %% ../nbs/02_drafts.ipynb #c19
 CORRUPTIONS = dict(drop=drop_tokens, mask=mask_tokens, replace=replace_tokens,
                    first=drop_first, last=drop_last, shift=shift_right)
-MORE_CORRUPTIONS = dict(words=drop_words, insert=insert_tokens, swap=swap_tokens)
+MORE_CORRUPTIONS = dict(words=drop_words, insert=insert_tokens, swap=swap_tokens,
+                        insert_one=insert_one, swap_one=swap_one)
 
 
 def with_drafts(batch, dropout, gen, corruption="drop", continues=None):

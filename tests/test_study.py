@@ -139,7 +139,7 @@ def test_a_second_call_does_nothing(whole):
 
 
 READS_HEADS = {"table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign",
-               "systems", "prompt_only", "spaces", "claims"}
+               "systems", "prompt_only", "failures", "external", "spaces", "claims"}
 READS_ALL_TRAINING = {"cosmos", "cola"}      # they train variants themselves
 
 
