@@ -46,10 +46,15 @@ def front_findings(folder):
     return "\n".join(f"- {first} ({link})" for first, link in zip(firsts, links))
 
 # %% ../nbs/69_front.ipynb #c05
-def front_systems():
-    "The systems of the cross-system table, as a Markdown list."
+def front_systems(whole=False):
+    "The systems of the cross-system table, as a Markdown list; unless `whole`, baselines by name alone."
     shown = [entry for entry in SYSTEMS.values() if entry.compared]
-    return "\n".join(f"- **{entry.name}**: {entry.description}" for entry in shown)
+    named = [] if whole else [entry.name for entry in shown if entry.family == "baseline"]
+    def line(entry): return f"- **{entry.name}**: {entry.description}"
+    def paper(entry): return f" ({entry.paper})" if whole and entry.paper else ""
+    lines = [line(entry) + paper(entry) for entry in shown if entry.name not in named]
+    if named: lines.append(f"- **baselines** that the report asks for: {'; '.join(named)}")
+    return "\n".join(lines)
 
 
 def update_front(path, folder):
