@@ -82,10 +82,10 @@ def copy_loss(net, batch, count, gen):
     return -log.mean(), log.detach().exp().mean().item()
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c11
-def train_parallel(corpus, encoder, autoencoder, dropouts, training, folder, depth=0):
+def train_parallel(corpus, encoder, autoencoder, dropouts, training, folder, depth=0, loss_of=copy_loss):
     """Train the transformer on drafts of `corpus` at the given dropout rates; returns (frozen model, curve).
 
-    Saved in `folder`, where training resumes."""
+    loss_of: takes and returns what `copy_loss` does. Saved in `folder`, where training resumes."""
     torch.manual_seed(training.seed)
     net = ParallelTransformer(encoder.model, autoencoder, depth).to(device())
     def loss_at(step):
@@ -93,7 +93,7 @@ def train_parallel(corpus, encoder, autoencoder, dropouts, training, folder, dep
         batch = with_drafts(batch, rate, generator(training.seed, "draft", "train", step)).to(device())
         if step // len(dropouts) % 2: batch = batch.with_known_length()
         gen = generator(training.seed, "parallel", step)
-        loss, probability = copy_loss(net, batch, training.slots, gen)
+        loss, probability = loss_of(net, batch, training.slots, gen)
         return loss, dict(ce=loss.item(), target_probability=probability)
     label = f"parallel transformer at {', '.join(f'{p:.0%}' for p in dropouts)}"
     curve = fit(net, loss_at, training, folder, label)
@@ -145,7 +145,9 @@ class ParallelInference:
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c16
 class Parallel(ParallelInference):
-    "The parallel transformer as a System."
+    "The parallel transformer as a System, trained with `loss_of`."
+    loss_of = staticmethod(copy_loss)
+
     def networks(self):
         "Modules run at inference, for the parameter count."
         return [self.net]
@@ -154,7 +156,7 @@ class Parallel(ParallelInference):
         "Train on `stories`; fields of the DCLRConfig `config` about latents are not used."
         corpus, own = fit_autoencoder(self.encoder, stories, config)
         settings = config.dropouts, config.training, Path(config.folder) / "parallel"
-        net, _ = train_parallel(corpus, self.encoder, own, *settings)
+        net, _ = train_parallel(corpus, self.encoder, own, *settings, loss_of=self.loss_of)
         return replace(self, autoencoder=own, net=net)
 
     def save(self, folder):
