@@ -11,8 +11,9 @@ __all__ = ['NOT_SIZES', 'TARGET_LENGTH', 'KEEP_LENGTH', 'FEWEST', 'FLOOR', 'PUBL
            'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used', 'reached', 'modules_of', 'code_digest',
            'published_named', 'imports_of', 'settings_digest', 'results', 'systems_of', 'results_of', 'models_for',
            'nodes_for', 'trained_at', 'models_digest', 'executed_cells', 'measuring_source', 'digest_of',
-           'measuring_facts', 'measuring_digest', 'notebook_source', 'needed_models', 'source_digest', 'measured',
-           'recorded_digest', 'save_scores', 'load_scores']
+           'measuring_facts', 'measuring_digest', 'notebook_source', 'needed_models', 'source_digest',
+           'injected_parameters', 'measured', 'content_digest', 'check_rows', 'recorded_digest', 'save_scores',
+           'load_scores']
 
 # %% ../nbs/62_measure.ipynb #c02
 import ast
@@ -32,16 +33,17 @@ import torch
 import yaml
 
 from .baselines.gpt2 import continue_prompts, hub_continuations, load_gpt2, scoring_model
-from .core import ROOT, StudyError, device, load_rows, provenance, save_rows, write_text, writing
+from .core import (OF_THIS_STUDY, ROOT, StudyError, device, load_rows, provenance, save_rows,
+                               write_text, writing)
 from .encoder import embed_texts
 from .presets import load_preset
+
+# %% ../nbs/62_measure.ipynb #c03
 from .recoverability import Recoverability, latent_geometry, mean_of_seeds, paired_difference
 from .refiner import oracle
 from .registry import MAIN_RATE, SYSTEMS, models_of
 from .stories import from_slots
-
-# %% ../nbs/62_measure.ipynb #c03
-from .study import SOURCES, stories_digest
+from .study import SOURCES, encoder_files, stories_digest
 from .textmetrics import against_floor, cached_embedding, samples, text_metrics, write_samples
 from .training import read_model
 
@@ -82,7 +84,7 @@ def measure(logits_of, batch, states=None, project=None):
 
 # %% ../nbs/62_measure.ipynb #c09
 NOT_SIZES = ("stories", "encoder", "precision", "seeds", "families", "gpt2", "timing_batches", "claim_widths",
-             "plugins")
+             "plugins", "repair")
 TARGET_LENGTH = "the target's"                 # `length` of rows whose drafts keep it, and of bounds
 KEEP_LENGTH = ("mask", "replace", "swap")      # corruption types whose drafts are as long as their targets
 FEWEST = 50                                    # stories below which an interval over stories decides nothing
@@ -391,15 +393,16 @@ def imports_of(functions):
     return "\n".join([*lines, *files])
 
 # %% ../nbs/62_measure.ipynb #c37
-COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior")     # of the preset
+COMMON = ("limit", "test", "encoder", "precision", "vocabulary", "widths", "shared_prior",
+          "repair")      # of the preset
 
 
 def settings_digest(study, settings, seeds):
     """A digest of the preset's fields that every measurement depends on, of those named in `settings`,
-    stories and seeds."""
+    stories, the encoder's files and seeds."""
     preset = study.preset.model_dump()
     facts = [{name: preset[name] for name in (*COMMON, *settings)}, study.precision,
-             stories_digest(study.source), study.seed, seeds]
+             stories_digest(study.source), encoder_files(study.preset.encoder), study.seed, seeds]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/62_measure.ipynb #c39
@@ -520,32 +523,66 @@ def source_digest(study, entry, source):
                        model.parameters, code_digest(imports_of([model.train]))] for name, model in trained}
     return digest_of(*measuring_facts(study, entry, source), settings, training)
 
-# %% ../nbs/62_measure.ipynb #c48
+# %% ../nbs/62_measure.ipynb #c49
+def injected_parameters(cells):
+    "What papermill's cell sets, as {name: source}; StudyError for a name that the notebook lacks."
+    place = next((i for i, cell in enumerate(cells) if cell.startswith("# Parameters\n")), None)
+    if place is None: return {}
+    above = cells[place - 1] if place else ""                 # the cell with the tag `parameters`
+    known = {name for node in ast.parse(above).body for name in names_bound(node)}
+    given = {node.targets[0].id: ast.unparse(node.value) for node in ast.parse(cells[place]).body}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        listed = ", ".join(sorted(known))
+        raise StudyError(f"unknown parameter {', '.join(unknown)}; the notebook has {listed}")
+    return {name: value for name, value in given.items() if name not in FROM_OUTSIDE}
+
+# %% ../nbs/62_measure.ipynb #c51
 def measured(study, name, measure):
     """The wide table of the result `name`, measured unless its rows carry the digest of this measurement.
     `measure(study)` returns (rows, table) or (rows, table, scores): lists of `Recoverability` by key."""
-    entry, folder = results()[name], study.out / "tables"
+    entry, folder, given = results()[name], study.out / "tables", injected_parameters(executed_cells())
     render_only = os.environ.get("LATENTREFINE_RENDER_ONLY") and (folder / f"{name}.csv").exists()
     source = measuring_source(executed_cells() or [inspect.getsource(inspect.getmodule(measure))],
                               measure.__name__)
+    if render_only: check_rows(folder / f"{name}.json")
     digest = None if render_only else measuring_digest(study, entry, source)
     if not render_only and recorded_digest(folder / f"{name}.json") != digest:
         rows, table, *scores = measure(study)
         if scores: save_scores(study.out / "scores" / f"{name}.npz", scores[0])
         write_text(folder / f"{name}.csv", table.to_csv(index=False))
         run = provenance(entry.get("notebook", name), study.preset_name, time.monotonic() - study.started)
-        made = dict(digest=digest, source=source_digest(study, entry, source))
-        save_rows(folder / f"{name}.json", rows, {**run, **made})
+        facts = {**run, "digest": digest, "source": source_digest(study, entry, source),
+                 **({"parameters": given} if given else {})}
+        save_rows(folder / f"{name}.json", rows, facts)
+        content = content_digest(folder / f"{name}.json")
+        save_rows(folder / f"{name}.json", rows, {**facts, "content": content})
     return pd.read_csv(folder / f"{name}.csv")
+
+# %% ../nbs/62_measure.ipynb #c52
+def content_digest(path):
+    "A digest of the rows at `path`, a JSON file, and of the table beside it."
+    rows = [{name: value for name, value in row.items() if name != "content"} for row in load_rows(path)]
+    table = path.with_suffix(".csv").read_bytes()
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode() + table).hexdigest()[:16]
+
+
+def check_rows(path):
+    "StudyError if rows or table changed since they were measured; rows of old carry no digest of them."
+    said = [row["content"] for row in load_rows(path) if "content" in row]
+    if said and said != [content_digest(path)] * len(said):
+        raise StudyError(f"{path} or its .csv: changed since it was measured; measure it again with: "
+                         f"latentrefine reproduce {path.stem}{OF_THIS_STUDY}")
 
 
 def recorded_digest(path):
-    "The digest that the rows at `path` carry; None if there are none."
-    there = path.exists() and path.with_suffix(".csv").exists()
-    try: return load_rows(path)[0].get("digest") if there else None
-    except (StudyError, IndexError, AttributeError): return None
+    "The digest that the rows at `path` carry; None if there are none, or if rows or table have changed."
+    if not path.exists() or not path.with_suffix(".csv").exists(): return None
+    try: check_rows(path)
+    except StudyError: return None
+    return load_rows(path)[0].get("digest")
 
-# %% ../nbs/62_measure.ipynb #c49
+# %% ../nbs/62_measure.ipynb #c53
 def save_scores(path, scores):
     "Write per-story sums of scores, [stories, scores and valid slots], a named array for each key and seed."
     arrays = {f"{'|'.join(map(str, key))}|{number}": one.sums.numpy().astype("float32")

@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'lock', 'Printed', 'Displayed', 'Returned', 'NotebookShell', 'notebook_shell', 'ShellEngine', 'displayed',
-           'clean_executed', 'links_from', 'check_parameters', 'run_notebook', 'run_node', 'main']
+           'clean_executed', 'machine_paths', 'links_from', 'unformatted', 'check_parameters', 'run_notebook',
+           'file_record', 'named_files', 'write_mark', 'mark_digest', 'stale_because', 'changed_file', 'run_node',
+           'main']
 
 # %% ../nbs/09_notebooks.ipynb #c02
 import fcntl
+import hashlib
 import io
 import json
 import os
+import re
 import resource
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+# %% ../nbs/09_notebooks.ipynb #c03
 sys.modules.setdefault("rfc3987_syntax", None)     # saves nbformat a second: a grammar that it never uses
 
 import nbformat
@@ -32,7 +37,7 @@ from traitlets.config import Config
 from .core import ROOT, StudyError, write_text
 from .workers import die_with_parent
 
-# %% ../nbs/09_notebooks.ipynb #c05
+# %% ../nbs/09_notebooks.ipynb #c06
 @contextmanager
 def lock(path, what):
     "Hold the lock file `path`, also in child processes; StudyError when another process holds it."
@@ -50,7 +55,7 @@ def lock(path, what):
         os.set_inheritable(handle.fileno(), True)
         yield
 
-# %% ../nbs/09_notebooks.ipynb #c08
+# %% ../nbs/09_notebooks.ipynb #c09
 class Printed(io.TextIOBase):
     "A text stream whose text is appended to `outputs`, a list of notebook outputs."
     def __init__(self, name, outputs): self.name, self.outputs = name, outputs
@@ -61,7 +66,7 @@ class Printed(io.TextIOBase):
         elif text: self.outputs.append(new_output("stream", name=self.name, text=text))
         return len(text)
 
-# %% ../nbs/09_notebooks.ipynb #c09
+# %% ../nbs/09_notebooks.ipynb #c10
 class Displayed(DisplayPublisher):
     "Appends what a cell displays to `outputs`, which the shell sets."
     def publish(self, data, metadata=None, **more):
@@ -76,7 +81,7 @@ class Returned(DisplayHook):
     def write_format_data(self, format_dict, md_dict=None):
         self.outputs.append(new_output("execute_result", format_dict, metadata=md_dict or {}))
 
-# %% ../nbs/09_notebooks.ipynb #c10
+# %% ../nbs/09_notebooks.ipynb #c11
 class NotebookShell(InteractiveShell):
     "An IPython shell that collects the outputs of cells, with figures as PNG."
     display_pub_class, displayhook_class = Displayed, Returned
@@ -100,7 +105,7 @@ class NotebookShell(InteractiveShell):
             done = self.run_cell(source, store_history=True)
         return outputs, done.error_before_exec or done.error_in_exec
 
-# %% ../nbs/09_notebooks.ipynb #c11
+# %% ../nbs/09_notebooks.ipynb #c12
 @contextmanager
 def notebook_shell():
     "A `NotebookShell` that `get_ipython()` returns; afterwards it and `__main__` are again what they were."
@@ -125,13 +130,13 @@ class ShellEngine(Engine):
 
 papermill_engines.register("shell", ShellEngine)
 
-# %% ../nbs/09_notebooks.ipynb #c15
+# %% ../nbs/09_notebooks.ipynb #c16
 def displayed(output):
     "Whether an output of a cell is kept: it is neither the error stream nor a widget."
     widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
     return output.get("name") != "stderr" and not widget
 
-
+# %% ../nbs/09_notebooks.ipynb #c17
 def clean_executed(notebook, names):
     "The executed notebook as text without papermill's metadata; `names` maps machine paths to replacements."
     for key in ("papermill", "widgets"): notebook.metadata.pop(key, None)
@@ -142,10 +147,18 @@ def clean_executed(notebook, names):
         for output in cell.outputs:
             if "execution_count" in output: output.execution_count = None
     text = nbformat.writes(notebook)
-    for path, name in names.items(): text = text.replace(path, name)
+    for path, name in names.items(): text = re.sub(rf"{re.escape(path)}(?![\w.-])", lambda _: name, text)
     return text
 
-# %% ../nbs/09_notebooks.ipynb #c16
+# %% ../nbs/09_notebooks.ipynb #c18
+def machine_paths():
+    "The checkout and the home folder, as they stand in JSON, with what replaces them."
+    try: home = Path.home()
+    except RuntimeError: home = Path("/")
+    found = {str(ROOT): ".", **({str(home): "~"} if len(home.parts) > 1 else {})}
+    return {json.dumps(path, ensure_ascii=False)[1:-1]: name for path, name in found.items()}
+
+# %% ../nbs/09_notebooks.ipynb #c19
 NOTEBOOKS = ROOT / "nbs"
 
 
@@ -155,13 +168,18 @@ def links_from(source, target):
     return {"](../": f"]({os.path.relpath(source.parent.parent, target.parent)}/"}
 
 
+def unformatted(path):
+    "A path that papermill, which formats paths, leaves as it is."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def check_parameters(source, parameters):
     "StudyError if the notebook `source` lacks one of the `parameters`."
-    known = papermill.inspect_notebook(str(source))
+    known = papermill.inspect_notebook(unformatted(source))
     unknown = ", ".join(sorted(set(parameters) - set(known)))
     if unknown: raise StudyError(f"{source.name}: unknown parameter {unknown}; it has {', '.join(known)}")
 
-# %% ../nbs/09_notebooks.ipynb #c17
+# %% ../nbs/09_notebooks.ipynb #c20
 def run_notebook(notebook, parameters, target, log):
     """Execute a notebook, a path below nbs, into `target` (a path); the partial copy `log` stays if it fails.
 
@@ -173,16 +191,70 @@ def run_notebook(notebook, parameters, target, log):
     log.parent.mkdir(parents=True, exist_ok=True)
     options = dict(parameters=parameters, progress_bar=False, kernel_name="python3",
                    engine_name="shell")
-    try: done = papermill.execute_notebook(str(source), str(log), **options)
+    try: done = papermill.execute_notebook(unformatted(source), unformatted(log), **options)
     except papermill.PapermillExecutionError as error:
         if error.ename == "StudyError": raise StudyError(error.evalue) from error
         said = f"{error.ename}: {error.evalue}"
         raise RuntimeError(f"{notebook}: {said}; the notebook as far as it ran: {log}") from error
-    names = {str(ROOT): ".", str(Path.home()): "~", **links_from(source, target)}
-    write_text(target, clean_executed(done, names))
+    text = clean_executed(done, machine_paths())
+    for link, place in links_from(source, target).items(): text = text.replace(link, place)
+    write_text(target, text)
     log.unlink(missing_ok=True)
 
-# %% ../nbs/09_notebooks.ipynb #c20
+# %% ../nbs/09_notebooks.ipynb #c23
+def file_record(path):
+    "Size, time of the last change and SHA-256 of a file."
+    told = path.stat()
+    return [told.st_size, told.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def named_files(out, products):
+    "Files of the models among `products`, and those that answers and rows name: figures and samples."
+    found = []
+    for product in products:
+        if product.endswith("/config.json"):
+            there = (out / product).parent.iterdir()
+            beside = (path for path in there if path.is_file() and path.name[0] != ".")
+            found += [path.relative_to(out).as_posix() for path in beside]
+        if not product.startswith(("tables/", "answers/")) or not product.endswith(".json"): continue
+        held = json.loads((out / product).read_text(encoding="utf-8"))
+        if isinstance(held, dict): found += [f"figures/{name}.png" for name, _ in held.get("figures", [])]
+        else: found += [row["samples"] for row in held if isinstance(row.get("samples"), str)]
+    return [name for name in dict.fromkeys(found) if (out / name).is_file()]
+
+# %% ../nbs/09_notebooks.ipynb #c24
+def write_mark(out, done, key, products):
+    "Write the mark `done` of a node with the records of what it made."
+    out = Path(out)
+    files = {name: file_record(out / name) for name in (*products, *named_files(out, products))}
+    write_text(out / done, json.dumps([key, files, mark_digest(key, files)]) + "\n")
+
+
+def mark_digest(key, files): return hashlib.sha256(json.dumps([key, files]).encode()).hexdigest()
+
+# %% ../nbs/09_notebooks.ipynb #c25
+def stale_because(out, done, key):
+    "Why the node with the mark `done` must run, a phrase, or None."
+    out = Path(out)
+    if not (out / done).exists(): return "it has not run"
+    try:
+        made_with, files, digest = json.loads((out / done).read_text(encoding="utf-8"))
+        if mark_digest(made_with, files) != digest: return "its mark is damaged"
+    except (OSError, ValueError, TypeError, RecursionError): return "its mark is damaged"
+    if made_with != key: return "settings, stories or code changed"
+    reasons = (changed_file(out / name, name, record) for name, record in files.items())
+    return next(filter(None, reasons), None)
+
+
+def changed_file(path, name, record):
+    "How a file differs from its record, a phrase, or None."
+    try:
+        told = path.stat()
+        if [told.st_size, told.st_mtime_ns] == record[:2] or file_record(path)[2] == record[2]: return None
+        return f"{name} changed since"
+    except OSError: return f"{name} is missing"
+
+# %% ../nbs/09_notebooks.ipynb #c28
 def run_node(name, notebook, parameters, out):
     "Run a node's notebook into notebooks/NAME.ipynb or training/NAME.ipynb of `out`, holding its lock."
     out, began = Path(out), time.monotonic()
@@ -196,9 +268,12 @@ def run_node(name, notebook, parameters, out):
 
 
 def main(spec):
-    "Run the node of a JSON spec file; returns the exit code."
+    "Run the node of a JSON spec file and write its mark; returns the exit code."
     die_with_parent()
-    try: run_node(**json.loads(Path(spec).read_text(encoding="utf-8")))
+    try:
+        node = json.loads(Path(spec).read_text(encoding="utf-8"))
+        run_node(**{name: node[name] for name in ("name", "notebook", "parameters", "out")})
+        write_mark(**node["mark"])
     except (StudyError, RuntimeError, OSError) as error:
         print(f"latentrefine: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, StudyError) else 1

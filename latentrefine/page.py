@@ -27,7 +27,7 @@ from markupsafe import Markup          # comes with jinja2
 from matplotlib.figure import Figure
 from PIL import Image                  # comes with matplotlib
 
-from .core import ROOT, StudyError, write_text
+from .core import OF_THIS_STUDY, ROOT, StudyError, write_text
 
 # %% ../nbs/64_page.ipynb #c05
 TOKEN_MARKS = {  # mark -> (what was done, red-green-blue, underline)
@@ -272,8 +272,9 @@ def load_json(path):
     "The content of a JSON file, or None if there is no such file; StudyError if it is damaged."
     if not path.exists(): return None
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StudyError(f"{path}: not JSON ({error}); delete it and run the study again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        remedy = f"make it again with: latentrefine reproduce {path.stem}{OF_THIS_STUDY}"
+        raise StudyError(f"{path}: not JSON ({error}); {remedy}") from error
 
 # %% ../nbs/64_page.ipynb #c41
 PROVENANCE = {  # field of a row -> label

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Whole', 'Number', 'Flag', 'Positive', 'Several', 'Rate', 'STRICT', 'FROM_STUDY', 'FRACTIONS', 'TYPES', 'PRESETS',
-           'EXPONENT', 'strictly', 'Preset', 'settable', 'section_model', 'refuse', 'error_fields', 'check_sections',
-           'impossible', 'size_problem', 'Unique', 'read_yaml', 'preset_path', 'merged', 'read_chain', 'override',
-           'load_preset', 'value_at']
+           'NO_YAML', 'EXPONENT', 'strictly', 'Preset', 'settable', 'section_model', 'refuse', 'error_fields',
+           'check_sections', 'impossible', 'size_problem', 'Unique', 'read_yaml', 'preset_path', 'merged', 'read_chain',
+           'override', 'load_preset', 'value_at']
 
 # %% ../nbs/60_presets.ipynb #c02
+import os
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from .core import ROOT, TARGET_SLOTS, StudyError
+from .core import ROOT, TARGET_SLOTS, StudyError, user_path
 from .registry import FAMILIES, MAIN_RATE, SIZES, TRAINING, load_chapters, load_plugin
 from .training import Training
 
@@ -35,15 +36,14 @@ def strictly(kind):
 Whole = Annotated[int, strictly(int)]
 Number = Annotated[float, strictly(float)]
 Flag = Annotated[bool, strictly(bool)]
-Positive = Annotated[int, strictly(int), Field(ge=1)]
-Several = Annotated[int, strictly(int), Field(ge=2)]
+Positive = Annotated[int, strictly(int), Field(ge=1, le=1_000_000_000)]
+Several = Annotated[int, strictly(int), Field(ge=2, le=1_000_000_000)]
 Rate = Annotated[float, strictly(float), Field(ge=0, lt=1)]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # %% ../nbs/60_presets.ipynb #c06
-class Preset(BaseModel):
+class Preset(BaseModel, **STRICT):
     "The settings of a study; base.yaml explains each field."
-    model_config = STRICT
     stories: str
     limit: Annotated[Whole, Field(ge=10, le=100_000_000)]
     test: Positive
@@ -63,6 +63,7 @@ class Preset(BaseModel):
     gpt2: str
     timing_batches: Annotated[list[Positive], Field(min_length=1)]
     plugins: list[str]
+    repair: Flag
     training: dict[str, dict]
     sizes: dict[str, dict]
 
@@ -176,6 +177,7 @@ class Unique(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)    # what PyYAML raises
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")       # PyYAML alone reads 1e-3 as a text
 Unique.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
@@ -183,7 +185,7 @@ Unique.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.01234
 def read_yaml(path):
     "The fields of a YAML file; StudyError if it cannot be read or holds none."
     try: found = yaml.load(Path(path).read_text(encoding="utf-8"), Unique)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, *NO_YAML) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StudyError(f"{path}: not a readable YAML file ({reason}); start from a copy of "
                          "nbs/presets/quick.yaml") from error
@@ -196,9 +198,7 @@ def preset_path(name):
     "The file of a preset, a name in nbs/presets or a path; StudyError if there is none."
     given = str(name).endswith((".yaml", ".yml"))
     path = Path(name) if given else PRESETS / f"{name}.yaml"
-    try: there = path.is_file()
-    except OSError: there = False
-    if there: return path
+    if os.path.isfile(path): return path
     if not PRESETS.is_dir():
         raise StudyError(f"{PRESETS}: no presets there; run latentrefine from a checkout (pip install -e .)")
     known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml") if p.stem != "base"))
@@ -221,7 +221,7 @@ def read_chain(name, seen=()):
     parent = given.pop("extends", None)
     if parent is None: return given
     beside = path.parent / f"{parent}.yaml"
-    return merged(read_chain(beside if beside.exists() else parent, (*seen, path)), given)
+    return merged(read_chain(beside if os.path.isfile(beside) else parent, (*seen, path)), given)
 
 # %% ../nbs/60_presets.ipynb #c20
 def override(fields, text):
@@ -230,7 +230,8 @@ def override(fields, text):
     if not equals or not place:
         raise StudyError(f"{text}: an override is FIELD=VALUE, such as training.prior.steps=400")
     try: change = yaml.load(value, Unique)
-    except yaml.YAMLError as error: raise StudyError(f"{text}: {value!r} is no YAML value") from error
+    except NO_YAML as error:
+        raise StudyError(f"{text}: {value!r} is no YAML value") from error
     for name in reversed(place.split(".")): change = {name: change}
     return merged(fields, change)
 
@@ -243,7 +244,7 @@ def load_preset(name, overrides=()):
     load_chapters()
     try: preset = Preset.model_validate(found)
     except ValidationError as error: refuse(path, error)
-    for plugin in preset.plugins: load_plugin(ROOT / Path(plugin).expanduser())
+    for plugin in preset.plugins: load_plugin(ROOT / user_path(plugin))
     check_sections(path, preset)
     if problem := impossible(preset):
         field, reason = problem

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from .core import StudyError
+from .core import StudyError, user_path
 
 # %% ../nbs/06_registry.ipynb #c05
 MAIN_RATE = .05      # the report's operating point (section 4.3)
@@ -114,7 +114,7 @@ def entry_of(name):
 # %% ../nbs/06_registry.ipynb #c18
 STUDY_MODULES = ("presets", "study", "measure", "report", "compare", "page", "refine", "evaluation", "front",
                  "reproduce", "command", "notebooks", "workers",
-                 "benchmark")
+                 "benchmark", "doctor")
 
 
 @lru_cache
@@ -136,7 +136,7 @@ def load_chapters():
 # %% ../nbs/06_registry.ipynb #c19
 def load_plugin(path):
     "Import the Python file `path` and return its module; StudyError if it is missing or raises."
-    path = Path(path).expanduser().resolve()
+    path = user_path(path).resolve()
     if not path.is_file(): raise StudyError(f"{path}: no such file; give a Python file")
     name = f"latentrefine_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -104,7 +104,7 @@ def meaning_of(name):
 
 def markdown_of(shown, names, origin=""):
     "A table of texts as Markdown, with the meanings of its columns and a last line on its origin."
-    escaped = shown.map(lambda text: " ".join(text.split()).replace("|", "\\|"))
+    escaped = shown.map(lambda text: " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;"))
     body = escaped.to_markdown(index=False, disable_numparse=True)
     known = [name for name in names if base_column(name) in columns()]
     meanings = [f"- **{label_of(name)}**: {meaning_of(name)}" for name in known]

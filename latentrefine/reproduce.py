@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'READING', 'TOLD_BY', 'SHOWN_BY', 'MEMORY', 'DRY_RUN', 'Node', 'model_nodes', 'result_key', 'texts_of',
-           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'plan_of', 'engine',
-           'marks_kept', 'due_nodes', 'follow', 'running_steps', 'targets_of', 'reproduce', 'stop', 'render']
+           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'stale_nodes', 'plan_of',
+           'engine', 'marks_kept', 'own_cache', 'due_nodes', 'follow', 'running_steps', 'targets_of', 'reproduce',
+           'stop', 'render']
 
 # %% ../nbs/67_reproduce.ipynb #c02
 import json
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from .core import ROOT, StudyError, write_text
 from .measure import code_cells, code_digest, digest_of, nodes_for, published_named, results
 from .measure import imports_of, results_of, settings_digest, systems_of
-from .notebooks import NOTEBOOKS, lock, run_node
+from .notebooks import NOTEBOOKS, lock, run_node, stale_because, write_mark
 from .page import write_page
 from .registry import models_of
 from .study import DRAFT_STATES, SOURCES
@@ -101,6 +102,7 @@ def result_nodes(study):
         needs = shared if first else ["stories", *nodes_for(study, entry), *entry.get("results", [])]
         files = [f"tables/{one}.{kind}" for one in made for kind in ("json", "csv", "md")]
         files += [f"answers/{one}.json" for one in made] + [f"notebooks/{name}.ipynb"]
+        files += entry.get("files", [])
         alone = first or bool(entry.get("alone"))
         nodes.append(Node(name, f"results/{name}.ipynb", parameters, tuple(needs), tuple(files),
                           result_key(study, name, made), alone))
@@ -124,22 +126,25 @@ def spec_of(study, node):
     if study.overrides: common["overrides"] = list(study.overrides)
     parameters = {**common, **node.parameters}
     title = f"latentrefine, preset {study.preset_name}" + "".join(f", {one}" for one in study.overrides)
-    spec = dict(name=node.name, notebook=node.notebook, parameters=parameters, out=str(study.out))
-    if node.notebook: return spec
-    return dict(out=str(study.out), title=title, results=list(results_of(study.preset)))
+    mark = dict(out=str(study.out), done=node.done, key=node.key, products=list(node.products))
+    spec = dict(out=str(study.out), mark=mark)
+    if not node.notebook: return dict(title=title, results=list(results_of(study.preset)), **spec)
+    return dict(name=node.name, notebook=node.notebook, parameters=parameters, **spec)
 
-
+# %% ../nbs/67_reproduce.ipynb #c14
 def main(spec):
     "Write the page of the study that a JSON file describes; returns the exit code."
     die_with_parent()
     node = json.loads(Path(spec).read_text(encoding="utf-8"))
-    try: write_page(Path(node["out"]), node["title"], [results()[name] for name in node["results"]])
+    try:
+        write_page(Path(node["out"]), node["title"], [results()[name] for name in node["results"]])
+        write_mark(**node["mark"])
     except (StudyError, OSError) as error:
         print(f"latentrefine: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
-# %% ../nbs/67_reproduce.ipynb #c15
+# %% ../nbs/67_reproduce.ipynb #c16
 def with_needs(graph, targets):
     "Names of the targets and of all nodes they need."
     due = list(targets)
@@ -157,15 +162,26 @@ def planned(graph, name):
                 needs=[done[one] for one in node.needs if one not in first], products=list(node.products),
                 key=node.key, alone=node.alone, module="notebooks" if node.notebook else "reproduce")
 
-# %% ../nbs/67_reproduce.ipynb #c16
+# %% ../nbs/67_reproduce.ipynb #c17
 MEMORY = 4000      # MB that a node asks of a cluster; the presets for a CPU need 2,400
 
 
 def drop_stale(study, node):
-    """Remove the mark of a finished node that was made under another key. Snakemake's own triggers do not see
-    the change where a node that is waited for, but not depended on, is due as well."""
-    done = study.out / node.done
-    if done.exists() and done.read_text(encoding="utf-8").strip() != node.key: done.unlink()
+    """Remove the mark of a finished node that was made under another key or whose files have changed.
+    Snakemake's own triggers see neither changed files, nor the key where a node that is waited for, but not
+    depended on, is due as well."""
+    if stale_because(study.out, node.done, node.key): (study.out / node.done).unlink(missing_ok=True)
+
+# %% ../nbs/67_reproduce.ipynb #c18
+def stale_nodes(study, targets):
+    "Why each node that targets need must run, a dict of phrases in order; changes nothing."
+    graph, found = nodes(study), {}
+    for name in reversed(with_needs(graph, targets)):
+        node = graph[name]
+        why = stale_because(study.out, node.done, node.key)
+        waits = [need for need in node.needs if need in found and not results().get(need, {}).get("first")]
+        if why or waits: found[name] = why or f"{waits[0]} is due"
+    return found
 
 
 def plan_of(study, targets, cores):
@@ -180,7 +196,7 @@ def plan_of(study, targets, cores):
     write_text(study.out / "logs" / "study.json", json.dumps(facts))
     return study.out / "logs" / "study.json"
 
-# %% ../nbs/67_reproduce.ipynb #c17
+# %% ../nbs/67_reproduce.ipynb #c20
 def engine(study, targets, cores, more=()):
     "The Snakemake command that brings targets up to date."
     plan, graph = plan_of(study, targets, cores), nodes(study)
@@ -193,7 +209,7 @@ def engine(study, targets, cores, more=()):
             "--configfile", str(plan), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime",
             "params", "input", *prioritize, *more]
 
-# %% ../nbs/67_reproduce.ipynb #c18
+# %% ../nbs/67_reproduce.ipynb #c21
 DRY_RUN = ("-n", "--dry-run", "--dryrun")
 
 
@@ -210,16 +226,21 @@ def marks_kept(study):
             os.utime(path, ns=(time_ns, time_ns))
 
 
+def own_cache(study, environment):
+    "An environment in which Snakemake keeps its cache in the output folder: HOME may not be writable."
+    return {**environment, "XDG_CACHE_HOME": str(study.out / ".snakemake" / "cache")}
+
+# %% ../nbs/67_reproduce.ipynb #c22
 def due_nodes(study, targets):
     "Names of the nodes that a call would run."
     with marks_kept(study):
         command = [*engine(study, targets, 2), "--dry-run"]
-        run = subprocess.run(command, capture_output=True, text=True)
+        run = subprocess.run(command, capture_output=True, text=True, env=own_cache(study, os.environ))
     if run.returncode: raise StudyError(f"the plan cannot be read: {(run.stdout + run.stderr)[-500:]}")
     found = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout + run.stderr, re.M))
     return {name for name in nodes(study) if name.replace("-", "_").replace(".", "_") in found}
 
-# %% ../nbs/67_reproduce.ipynb #c19
+# %% ../nbs/67_reproduce.ipynb #c23
 def follow(process, log):
     """Show the progress of a Snakemake process that writes to the file `log`,
     with the step of running trainings, until it ends."""
@@ -245,7 +266,7 @@ def running_steps(folder):
     found = [path.read_text(errors="replace") for path in sorted(folder.glob("*.progress"))]
     return ", ".join(found)
 
-# %% ../nbs/67_reproduce.ipynb #c20
+# %% ../nbs/67_reproduce.ipynb #c24
 def targets_of(graph, names):
     "Node names for what a user names: a node, or a model at every seed; StudyError for others."
     found = {name: [node for node in graph if name in (node, node.rsplit("-s", 1)[0])] for name in names}
@@ -253,7 +274,7 @@ def targets_of(graph, names):
     if unknown: raise StudyError(f"target {', '.join(unknown)}: not known; choose from {', '.join(graph)}")
     return [node for one in found.values() for node in one]
 
-# %% ../nbs/67_reproduce.ipynb #c21
+# %% ../nbs/67_reproduce.ipynb #c25
 def reproduce(study, names, cores, more=()):
     """Bring targets up to date; returns the seconds it took, or None if nothing was due.
     StudyError if a node fails."""
@@ -265,7 +286,7 @@ def reproduce(study, names, cores, more=()):
         for left in log.parent.glob("*.progress"): left.unlink()       # of nodes that were killed
         with log.open("w") as handle, workers(handle) as environment:
             process = subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, close_fds=False,
-                                       env=environment, preexec_fn=die_with_parent)
+                                       env=own_cache(study, environment), preexec_fn=die_with_parent)
             try: text = follow(process, log)
             except KeyboardInterrupt:
                 stop(process)
@@ -276,14 +297,14 @@ def reproduce(study, names, cores, more=()):
     shutil.rmtree(study.out / DRAFT_STATES, ignore_errors=True)
     return None if "Nothing to be done" in text else time.monotonic() - began
 
-# %% ../nbs/67_reproduce.ipynb #c22
+# %% ../nbs/67_reproduce.ipynb #c26
 def stop(process):
     "Interrupt a Snakemake process; kill it if it has not ended after 30 seconds."
     process.send_signal(signal.SIGINT)
     try: process.wait(timeout=30)
     except subprocess.TimeoutExpired: process.kill()
 
-# %% ../nbs/67_reproduce.ipynb #c24
+# %% ../nbs/67_reproduce.ipynb #c28
 def render(study, names=()):
     "Run the result notebooks of measured results without measuring, then write the page; returns the names."
     measured = [name for name,
@@ -297,7 +318,9 @@ def render(study, names=()):
     os.environ["LATENTREFINE_RENDER_ONLY"] = "1"
     try:
         for name in tqdm(names or measured, desc="rendering", unit="notebook"):
-            try: run_node(**spec_of(study, graph[name]))
+            spec = spec_of(study, graph[name])
+            del spec["mark"]
+            try: run_node(**spec)
             except RuntimeError as error:
                 raise StudyError(f"{name}: its rows lack what its notebook shows ({error}); "
                                  f"measure it again with: latentrefine reproduce {name}") from error

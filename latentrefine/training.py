@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'CALLBACKS', 'Training', 'learning_rate_at', 'at_budget', 'budget_name', 'rows_at', 'model_digest',
-           'save_model', 'remedy_for', 'read_model', 'config_of', 'load_weights', 'tensors_digest',
-           'numbered_parameters', 'save_state', 'read_state', 'load_state', 'progress_file', 'tensorboard', 'adamw',
-           'check_loss', 'optimizer_step', 'fit', 'finish', 'finished']
+           'check_finite', 'save_model', 'remedy_for', 'read_model', 'config_of', 'load_weights', 'tensors_digest',
+           'state_note', 'numbered_parameters', 'save_state', 'read_state', 'load_state', 'progress_file',
+           'tensorboard', 'adamw', 'check_loss', 'optimizer_step', 'fit', 'finish', 'finished']
 
 # %% ../nbs/04_training.ipynb #c02
 import atexit
@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import (StudyError, autocast, device, generator, remove_partial_files, write_text,
-                               writing)
+from .core import (OF_THIS_STUDY, StudyError, autocast, device, generator, remove_partial_files,
+                               write_text, writing)
 
 # %% ../nbs/04_training.ipynb #c05
 @dataclass(frozen=True)
@@ -74,9 +74,18 @@ def model_digest(folder, config):
     return hashlib.sha256((folder / "model.safetensors").read_bytes() + settings.encode()).hexdigest()
 
 
+def check_finite(folder, weights):
+    "StudyError if a dict of weights holds a number that is not finite."
+    wrong = [name for name, value in weights.items() if not value.isfinite().all()]
+    if not wrong: return
+    raise StudyError(f"model {folder}: {wrong[0]} holds numbers that are not finite; lower lr of its section "
+                     f"in the preset, then {remedy_for(folder)}")
+
+# %% ../nbs/04_training.ipynb #c13
 def save_model(folder, net, config):
-    "Write the weights of `net` and `config` (a dict of plain values), the config last."
+    "Write the weights of `net`, all finite, and `config` (a dict of plain values), the config last."
     folder = Path(folder)
+    check_finite(folder, net.state_dict())
     with writing(folder / "model.safetensors") as scratch:
         (folder / "config.json").unlink(missing_ok=True)
         save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, scratch)
@@ -84,33 +93,34 @@ def save_model(folder, net, config):
     config = {**config, "sha256": model_digest(folder, config)}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
-# %% ../nbs/04_training.ipynb #c13
+# %% ../nbs/04_training.ipynb #c14
 def remedy_for(folder):
     "The end of an error message about the model in `folder`: how to train it."
-    return (f"train it with: latentrefine reproduce {Path(folder).name}, or all models with: "
-            "latentrefine reproduce (with the --preset and --out of this study)")
+    return f"train it with: latentrefine reproduce {Path(folder).name}{OF_THIS_STUDY}"
 
-
+# %% ../nbs/04_training.ipynb #c15
 def read_model(folder, **expected):
-    "Config and weights of a saved model; StudyError if it is absent, damaged or differs from `expected`."
-    folder = Path(folder)
-    again = f"delete the folder, then {remedy_for(folder)}"
+    """Config and weights of a saved model; StudyError if it is absent, damaged, not finite or differs from
+    `expected`. A study trains its own damaged models again; those of others are never to be deleted."""
+    folder, again = Path(folder), remedy_for(folder)
     if not (folder / "config.json").exists():
-        raise StudyError(f"model {folder.name}: not found in {folder.parent}; {remedy_for(folder)}")
+        raise StudyError(f"model {folder.name}: not found in {folder.parent}; {again}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         intact = model_digest(folder, config) == config["sha256"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise StudyError(f"model {folder}: cannot be read ({error}); {again}") from error
-    damaged = f"{folder / 'model.safetensors'} or its config.json: truncated or changed since it was saved"
-    if not intact: raise StudyError(f"{damaged}; {again}")
+    if not intact:
+        raise StudyError(f"{folder}/model.safetensors or config.json: changed since it was saved; {again}")
     for field, value in expected.items():
-        found = config.get(field)
-        if found == value: continue
-        raise StudyError(f"model {folder}: its {field} is {found!r}, {value!r} is needed; {again}")
-    return config, load_file(folder / "model.safetensors")
+        if config.get(field) != value:
+            raise StudyError(f"model {folder}: its {field} is {config.get(field)!r}, {value!r} is needed; "
+                             f"open it with what it was trained with, or {again}")
+    weights = load_file(folder / "model.safetensors")
+    check_finite(folder, weights)
+    return config, weights
 
-# %% ../nbs/04_training.ipynb #c17
+# %% ../nbs/04_training.ipynb #c19
 def config_of(config_class, config):
     "The dataclass `config_class` from a saved model's config; absent fields keep their defaults."
     return config_class(**{f: config[f] for f in config_class.__dataclass_fields__ if f in config})
@@ -123,17 +133,25 @@ def load_weights(net, weights, folder):
         misfit = str(error).splitlines()[-1].strip(" .\t")
         if not misfit.startswith(("Missing", "Unexpected", "size mismatch")): raise
         raise StudyError(f"model {folder}: of another version of its network ({misfit}); "
-                         f"delete the folder, then {remedy_for(folder)}") from error
+                         f"{remedy_for(folder)}") from error
     return net.to(device()).eval().requires_grad_(False)
 
-# %% ../nbs/04_training.ipynb #c20
+# %% ../nbs/04_training.ipynb #c22
 def tensors_digest(tensors):
-    "SHA-256 over a dict of named CPU tensors."
+    "SHA-256 over a dict of named CPU tensors: names, kinds, shapes and values."
     digest = hashlib.sha256()
-    for name in sorted(tensors): digest.update(name.encode() + tensors[name].numpy().tobytes())
+    for name in sorted(tensors):
+        one = tensors[name]
+        digest.update(f"{name} {one.dtype} {tuple(one.shape)}".encode() + one.numpy().tobytes())
     return digest.hexdigest()
 
 
+def state_note(tensors, **facts):
+    "The header of a state as JSON: `facts` and the SHA-256 of tensors and facts."
+    digest = hashlib.sha256((tensors_digest(tensors) + json.dumps(facts)).encode()).hexdigest()
+    return json.dumps({**facts, "digest": digest})
+
+# %% ../nbs/04_training.ipynb #c23
 def numbered_parameters(optimizer):
     "(number, parameter) of all parameters of an optimiser, over its groups in turn."
     return enumerate(p for group in optimizer.param_groups for p in group["params"])
@@ -145,17 +163,18 @@ def save_state(path, net, optimizer, step, curve, key):
     for number, parameter in numbered_parameters(optimizer):
         tensors |= {f"adam.{number}.{k}": v for k, v in optimizer.state[parameter].items()}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    note = json.dumps(dict(step=step, key=key, curve=curve, digest=tensors_digest(tensors)))
+    note = state_note(tensors, step=step, key=key, curve=curve)
     with writing(path) as scratch: save_file(tensors, scratch, metadata={"note": note})
 
-# %% ../nbs/04_training.ipynb #c21
+# %% ../nbs/04_training.ipynb #c24
 def read_state(path):
     "Header (a dict) and tensors of a state file, or None if it is absent or damaged."
     try:
-        with safe_open(path, "pt") as file: note = json.loads(file.metadata()["note"])
-        tensors = load_file(path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError): return None
-    return (note, tensors) if tensors_digest(tensors) == note["digest"] else None
+        with safe_open(path, "pt") as file: text = file.metadata()["note"]
+        tensors, note = load_file(path), json.loads(text)
+        facts = {name: note[name] for name in ("step", "key", "curve")}
+        return (facts, tensors) if state_note(tensors, **facts) == text else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError): return None
 
 
 def load_state(path, net, optimizer, key):
@@ -169,7 +188,7 @@ def load_state(path, net, optimizer, key):
         optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
     return note["step"], note["curve"]
 
-# %% ../nbs/04_training.ipynb #c23
+# %% ../nbs/04_training.ipynb #c26
 CALLBACKS = []      # functions callback(label, step, steps, logs), called by `fit` after each step
 
 
@@ -187,7 +206,7 @@ def progress_file(path, every=1.):
     atexit.register(path.unlink, missing_ok=True)
     return callback
 
-# %% ../nbs/04_training.ipynb #c24
+# %% ../nbs/04_training.ipynb #c27
 def tensorboard(folder):
     """A callback that writes the logged values as scalars "label/name" to TensorBoard's files in `folder`.
 
@@ -202,7 +221,7 @@ def tensorboard(folder):
         if step == steps: writer.flush()
     return callback
 
-# %% ../nbs/04_training.ipynb #c26
+# %% ../nbs/04_training.ipynb #c29
 def adamw(parameters, lr, scaled_modules, lr_multiplier):
     "AdamW over `parameters`; those of `scaled_modules` get `lr_multiplier` times the learning rate."
     scaled = {id(p) for module in scaled_modules for p in module.parameters()}
@@ -223,7 +242,7 @@ def optimizer_step(optimizer, parameters, loss, rate):
     optimizer.zero_grad(); loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.); optimizer.step()
 
-# %% ../nbs/04_training.ipynb #c27
+# %% ../nbs/04_training.ipynb #c30
 def fit(net, loss_at, training, folder, label, scaled_modules=(), lr_multiplier=1.):
     """Train `net` on `loss_at(step) -> (loss, {name: float})`; resumes from the state in `folder`.
 
@@ -249,7 +268,7 @@ def fit(net, loss_at, training, folder, label, scaled_modules=(), lr_multiplier=
     net.eval()
     return curve
 
-# %% ../nbs/04_training.ipynb #c28
+# %% ../nbs/04_training.ipynb #c31
 def finish(folder, net, config, training, curve):
     "Save a trained network with settings and curve.csv, delete the resumable state; returns it frozen."
     write_text(Path(folder) / "curve.csv", pd.DataFrame(curve).to_csv(index=False))

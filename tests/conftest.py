@@ -68,10 +68,8 @@ def tiny_preset(tmp_path_factory, tiny_bert):
 @pytest.fixture(scope="session")
 def trained(tiny_preset, tmp_path_factory):
     "A study of the tiny preset with every model of the registry trained for a few steps, in this process."
-    import json
-
     from latentrefine.registry import models_of
-    from latentrefine.study import Study
+    from latentrefine.study import Study, keep_trained_on
 
     longer = [f"training.autoencoder.{field}" for field in ("steps=120", "lr=.01", "batch=8", "slots=128")]
     out = str(tmp_path_factory.mktemp("trained"))
@@ -81,5 +79,5 @@ def trained(tiny_preset, tmp_path_factory):
             if model.section == "autoencoder" and not settings or model.section != "autoencoder" and settings: continue
             model.train(study, study.model(name), **model.parameters)
     study.corpus("test")
-    (study.out / "models" / "source.json").write_text(json.dumps(study.source))
+    keep_trained_on(study)
     return study

@@ -19,7 +19,7 @@ from latentrefine.encoder import load_encoder
 from latentrefine.measure import beside_published, row_of
 from latentrefine.notebooks import NOTEBOOKS, run_notebook
 from latentrefine.presets import load_preset
-from latentrefine.refine import TextRefiner, read_drafts, refiner_of, run_system
+from latentrefine.refine import TextRefiner, note_digest, read_drafts, refiner_of, run_system
 from latentrefine.registry import SYSTEMS, load_chapters
 from latentrefine.study import Study
 from latentrefine.training import save_model
@@ -243,27 +243,30 @@ def spoil(kind, folder):
     note = folder / "refiner.json"
     weights = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     said = json.loads(note.read_text())
+    def changed(**fields): note.write_text(json.dumps({**said, **fields, "sha256": note_digest({**said, **fields})}))
     if kind == "absent": shutil.rmtree(folder)
     if kind == "no note": note.unlink()
     if kind == "note cut": note.write_text(note.read_text()[:50])
     if kind == "note of another kind": note.write_text("[]")
-    if kind == "another format": note.write_text(json.dumps({**said, "format": said["format"] + 1}))
-    if kind == "another package": note.write_text(json.dumps({**said, "system": "os.system"}))
-    if kind == "another encoder": note.write_text(json.dumps({**said, "encoder_digest": "0" * 16}))
+    if kind == "another format": changed(format=said["format"] + 1)
+    if kind == "another package": changed(system="os.system")
+    if kind == "another encoder": changed(encoder_digest="0" * 16)
+    if kind == "other steps": note.write_text(json.dumps({**said, "steps": said["steps"] + 1}))
     if kind == "flipped byte":
         data = bytearray(weights.read_bytes())
         data[len(data) // 2] ^= 1
         weights.write_bytes(data)
     if kind == "a file less": weights.unlink()
     if kind == "a file more": (folder / "more.safetensors").write_bytes(b"x")
-    changed = [weights.name if kind != "a file more" else "more.safetensors", "save the refiner again"]
+    damaged = [weights.name if kind != "a file more" else "more.safetensors", "save the refiner again"]
     return {"absent": ["no saved refiner"], "no note": ["no saved refiner"], "note cut": ["cannot be read"],
             "note of another kind": ["cannot be read"], "another format": ["format", "this version"],
-            "another package": ["os.system"], "another encoder": ["another encoder"]}.get(kind, changed)
+            "another package": ["os.system"], "another encoder": ["another encoder"],
+            "other steps": ["refiner.json", "changed since"]}.get(kind, damaged)
 
 
 @pytest.mark.parametrize("kind", ("absent", "no note", "note cut", "note of another kind", "another format", "another package",
-                                  "another encoder", "flipped byte", "a file less", "a file more"))
+                                  "another encoder", "other steps", "flipped byte", "a file less", "a file more"))
 def test_bad_saved_refiner(saved, tiny_bert, kind):
     said = spoil(kind, saved)
     with pytest.raises(StudyError) as error: TextRefiner.from_pretrained(saved, encoder=tiny_bert)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from commands import PROVENANCE, call, files_of, refused, write_preset
 from conftest import TINY
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from damage import Files, campaign, damaged
+from safetensors.torch import save_file
 
 from latentrefine.core import ROOT, ROW_FIELDS, load_rows
 from latentrefine.measure import notebook_source, results, source_digest, systems_of
@@ -26,7 +26,7 @@ from latentrefine.presets import load_preset
 from latentrefine.registry import models_of
 from latentrefine.reproduce import due_nodes, nodes
 from latentrefine.study import DRAFT_STATES, Study
-from latentrefine.training import read_model, read_state
+from latentrefine.training import adamw, optimizer_step, read_model, read_state, save_state, state_note
 
 RESULTS = results()
 MADE = {name: entry for name, entry in RESULTS.items() if entry.get("notebook", name) == name}     # one notebook each
@@ -245,6 +245,40 @@ def test_another_model_is_measured_again(whole, tmp_path):
     assert changed == {(row["system"], 32, .05) for row in old if row["system"] not in ("no-op", "oracle")}
 
 
+# Damage
+
+def test_damage_is_refused_by_name_or_mended(whole, tmp_path):
+    """Flips, cuts and edits of files of the finished study. LATENTREFINE_EDITS=2000 makes a long run of it."""
+    out, preset, _ = whole
+    study = Study(str(preset), out=str(out))
+    net = torch.nn.Linear(3, 2)
+    optimizer = adamw(net.parameters(), .1, (), 1.)
+    optimizer_step(optimizer, [*net.parameters()], net(torch.ones(1, 3)).sum(), .1)
+    save_state(tmp_path / "state.safetensors", net, optimizer, 7, [dict(step=6, loss=.5)], "key")
+    told, faults = campaign(Files(study, out / "models" / "encoder", tmp_path / "state.safetensors"))
+    assert not faults, "\n".join(faults)
+    assert len(told) >= 8 and set().union(*told.values()) >= {"refused", "made again"}, told
+    assert not due(out, preset)
+
+
+def test_what_is_damaged_or_missing_is_made_again(whole, tmp_path):
+    "Exactly that and what depends on it is due; a remedy that is printed leads to success."
+    out, preset, _ = whole
+    assert not due(out, preset)
+    weights = out / "models" / "head-flow-32-p5-s1337" / "model.safetensors"
+    data = weights.read_bytes()
+    with damaged(weights, data[:-1] + bytes([data[-1] ^ 1])):
+        assert {"head-flow-32-p5-s1337", "table3", "report"} <= due(out, preset) < set(nodes(Study(str(preset), out=str(out))))
+    for name, node in (("figures/realign.png", "realign"), ("notebooks/table2.ipynb", "table2"), ("tables/table1.md", "table1"), ("report.html", "report")):
+        with damaged(out / name, b"x"): assert node in due(out, preset), name
+    assert not due(out, preset)
+    page = out / "report.html"
+    whole_page = page.read_text()
+    page.write_text("x")
+    code, said, err = call("reproduce", "--preset", preset, "--out", out, "--cores", 2)
+    assert code == 0 and "made in" in said and page.read_text() == whole_page, err
+
+
 # Killed, interrupted, resumed
 
 LONG = dict(steps=600, lr=5e-3, batch=4, slots=64, save_seconds=0)
@@ -296,10 +330,9 @@ def steps_of(state):
 
 def mark(state):
     "Leave a sign in the curve of a state, to see later that training went on from it."
-    tensors = load_file(state)
-    with safe_open(state, "pt") as file: note = json.loads(file.metadata()["note"])
-    note["curve"][0]["loss"] = 123.5
-    save_file(tensors, state, metadata={"note": json.dumps(note)})
+    facts, tensors = read_state(state)
+    facts["curve"][0]["loss"] = 123.5
+    save_file(tensors, state, metadata={"note": state_note(tensors, **facts)})
 
 
 def test_killed_interrupted_and_resumed(long_preset, tmp_path):
