@@ -147,7 +147,6 @@ class ParallelInference:
 class Parallel(ParallelInference):
     "The parallel transformer as a System, trained with `loss_of`."
     loss_of = staticmethod(copy_loss)
-
     def networks(self):
         "Modules run at inference, for the parameter count."
         return [self.net]
