@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
-from .core import ROOT, StudyError, device, hardware, write_text
+from .core import StudyError, device, hardware, write_text
 from .measure import models_for, results_of, systems_of
 from .presets import load_preset
 from .registry import MAIN_RATE, models_of

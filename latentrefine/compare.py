@@ -17,7 +17,8 @@ from .core import StudyError, load_rows
 # %% ../nbs/63_compare.ipynb #c05
 SETTINGS = ("width", "dropout", "steps", "share", "latents", "training_stories", "leave", "batch", "sigma",
             "guidance", "t", "training_step")             # numbers that name a line
-TOLD = ("verdict", "agreement", "side", "evidence", "interval", "model", "against", "frequent", "met")     # do not
+TOLD = ("verdict", "agreement", "side", "evidence", "interval", "model", "against", "frequent",
+        "met")                                          # beginnings of texts that do not
 
 
 def named(frame):

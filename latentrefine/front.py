@@ -53,7 +53,7 @@ def front_systems(whole=False):
     def line(entry): return f"- **{entry.name}**: {entry.description}"
     def paper(entry): return f" ({entry.paper})" if whole and entry.paper else ""
     lines = [line(entry) + paper(entry) for entry in shown if entry.name not in named]
-    if named: lines.append(f"- **baselines** that the report asks for: {'; '.join(named)}")
+    if named: lines.append(f"- **baselines**: {'; '.join(named)}")
     return "\n".join(lines)
 
 
