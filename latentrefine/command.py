@@ -210,7 +210,8 @@ def do_reproduce(given, more):
     what, page = f"{study.out}: {', '.join(targets) or 'every table and figure'}", study.out / "report.html"
     if seconds is None: print(f"{what} up to date, nothing to do")
     else: print(f"{what} made in {seconds / 60:.1f} min" + (f"; open {page}" if page.exists() else ""))
-    if not targets and (committed_of(study) / "tables").is_dir(): say_compared(study, committed_of(study))
+    if not targets and (committed_of(study) / "tables").is_dir():
+        say_compared(study, committed_of(study), most=5)
 
 # %% ../nbs/68_command.ipynb #c18
 def group_results(study, group):
