@@ -137,7 +137,7 @@ def test_a_second_call_does_nothing(whole):
 
 
 READS_HEADS = {"table3", "table5", "table6", "gaussian_start", "gpt2_comparison", "misalignment", "basin", "realign",
-               "systems", "spaces", "claims"}
+               "systems", "external", "spaces", "claims"}
 READS_ALL_TRAINING = {"cosmos", "cola"}      # they train variants themselves
 
 
