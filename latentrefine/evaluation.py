@@ -39,7 +39,7 @@ from .stories import from_slots, read_stories, slot_stories
 
 # %% ../nbs/66_evaluation.ipynb #c04
 from .study import EVALUATION_SEED, SOURCES
-from .textmetrics import mauve_of_texts
+from .textmetrics import MAUVE_TEXTS, mauve_of_texts
 
 # %% ../nbs/66_evaluation.ipynb #c07
 def aligned_equal(ids, target):
@@ -223,13 +223,11 @@ class Unchanged:
 
 # %% ../nbs/66_evaluation.ipynb #c19
 def mauve_of(study, texts, references):
-    """MAUVE of texts against references, of the first of the longer list; nothing for fewer than MAUVE_TEXTS
-    of either."""
+    "MAUVE of texts against as many references; nothing for fewer than MAUVE_TEXTS of either."
     pairs = list(zip(texts, references))
-    if not pairs: return {}
+    if len(pairs) < MAUVE_TEXTS: return {}
     def embed(part): return embed_texts(study.encoder, part)
-    mean = mauve_of_texts(*map(list, zip(*pairs)), embed, study.tokenizer)["mauve"]
-    return dict(mauve=mean) if mean is not None else {}
+    return dict(mauve=mauve_of_texts(*map(list, zip(*pairs)), embed, study.tokenizer)["mauve"])
 
 # %% ../nbs/66_evaluation.ipynb #c21
 NORMS = (0., .1, .2, .3, .4, .5, .6, .8, 1., 1.3, 1.7, 2.2, 3.)
