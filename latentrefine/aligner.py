@@ -173,7 +173,8 @@ def confidence_losses(net, decoder, batch, shift, precision="float32"):
         with autocast(precision): gaps, fill = net(part)
         log = mixture_of(alignment_of(shift_gaps(gaps, shift), part), fill.float(), part.draft_ids, decoder)
         log, ids = log[part.target_mask], part.target_ids[part.target_mask]
-        sums += torch.tensor([F.nll_loss(sharpen(log, c), ids, reduction="sum").item() for c in CONFIDENCES])
+        own, best = log.gather(1, ids[:, None])[:, 0].exp(), log.argmax(-1) == ids
+        sums -= torch.stack([(c * best + (1 - c) * own).log().sum().cpu() for c in CONFIDENCES])   # `sharpen`
     return (sums / batch.target_mask.sum()).tolist()
 
 
