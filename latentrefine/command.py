@@ -210,7 +210,8 @@ def do_reproduce(given, more):
     what, page = f"{study.out}: {', '.join(targets) or 'every table and figure'}", study.out / "report.html"
     if seconds is None: print(f"{what} up to date, nothing to do")
     else: print(f"{what} made in {seconds / 60:.1f} min" + (f"; open {page}" if page.exists() else ""))
-    if not targets and (committed_of(study) / "tables").is_dir(): say_compared(study, committed_of(study))
+    if not targets and (committed_of(study) / "tables").is_dir():
+        say_compared(study, committed_of(study), most=5)
 
 # %% ../nbs/68_command.ipynb #c18
 def group_results(study, group):
@@ -255,14 +256,16 @@ def committed_of(study):
     return ROOT / "outputs" / study.preset_name
 
 
-def say_compared(study, committed):
-    "Print how a run compares with the committed one; returns whether a value lies outside its interval."
+def say_compared(study, committed, most=None):
+    """Print how a run compares with the committed one, with at most `most` of the values that lie outside
+    their interval; returns whether there are any."""
     from latentrefine.compare import compare, summary_of
     if study.out == committed: raise StudyError(f"{committed}: the run itself; give --out or --with")
     lines = compare(committed, study.out)
     outside = lines[lines.outcome == "outside"].drop(columns="outcome")
-    if len(outside): print(outside.to_string(index=False, float_format="%.4g"))
-    print(f"{summary_of(lines)} ({committed})")
+    if len(outside): print(outside[:most].to_string(index=False, float_format="%.4g"))
+    hint = "; see latentrefine compare" if most and len(outside) > most else ""
+    print(f"{summary_of(lines)} ({committed}){hint}")
     return len(outside) > 0
 
 

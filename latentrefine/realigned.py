@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .aligner import AlignerConfig, alignment_of, has_end_marker, known_length, load_aligner
-from .aligner import mixture_of, shift_gaps, train_aligner
+from .aligner import mixture_of, sharpen, shift_gaps, train_aligner
 from .autoencoder import draft_latents, load_autoencoder
 from .core import MASK, PAD, SEP, TARGET_SLOTS, RefineOutput, autocast, device, write_text
 from .drafts import pack
@@ -100,7 +100,7 @@ def realigned_output(system, batch):
     if system.variant not in LATENT_VARIANTS:
         with autocast(system.encoder.precision):
             mixed = mixture_of(alignment, fill, batch.draft_ids, system.autoencoder.decoder)
-        return RefineOutput(mixed / system.temperature, None, 2)
+        return RefineOutput(sharpen(mixed, system.confidence), None, 2)
     z = realigned_latents(system, batch, alignment, gaps, fill)
     with autocast(system.encoder.precision): logits = system.autoencoder.decoder.full(z)
     if system.variant != "masked LM": return RefineOutput(logits, z, 3)
@@ -116,7 +116,7 @@ class Realigned(LatentSystem):
     aligner: object = None
     variant: str = "tokens"     # one of VARIANTS
     shift: float = 0.           # of `shift_gaps`; a study selects it on validation drafts
-    temperature: float = 1.     # of the token variants; a study selects that of the headline variant
+    confidence: float = 0.      # of `sharpen`, token variants; a study selects that of the headline variant
     name: str = "re-aligned"
     moves = False
 
@@ -162,7 +162,7 @@ def save_realigned(system, folder):
     save_autoencoder(system, folder)
     note = {**vars(system.aligner.config), "encoder_digest": system.encoder.digest}
     save_model(folder / "aligner", system.aligner, note)
-    settings = dict(variant=system.variant, shift=system.shift, temperature=system.temperature)
+    settings = dict(variant=system.variant, shift=system.shift, confidence=system.confidence)
     write_text(folder / "parts.json", json.dumps(dict(name=system.name, parts=["aligner"], **settings)))
 
 # %% ../nbs/31_realigned.ipynb #c16
@@ -171,7 +171,7 @@ def load_realigned(encoder, folder):
     folder = Path(folder)
     note, autoencoder = read_parts(folder), load_autoencoder(folder / "autoencoder", encoder)
     aligner = load_aligner(folder / "aligner", encoder)
-    settings = {field: note[field] for field in ("variant", "shift", "temperature", "name")}
+    settings = {field: note[field] for field in ("variant", "shift", "confidence", "name")}
     return Realigned(encoder, autoencoder, aligner, **settings)
 
 # %% ../nbs/31_realigned.ipynb #c18
@@ -197,7 +197,7 @@ from .registry import MAIN_RATE, Model, SystemEntry, draft_rates, register_model
 def open_realigned(study, name="re-aligned", variant="tokens", aligner=None):
     """A re-aligning system of a study; `aligner` is the name of another aligner than the study's own.
 
-    The temperature is that of the headline variant, re-aligned; the others have none.
+    The confidence is that of the headline variant, re-aligned; of the others it is 0.
     """
     encoder = study.encoder.with_layers(LAYERS[1])
     if variant == "masked LM" and encoder.mlm_head is None:
@@ -207,7 +207,7 @@ def open_realigned(study, name="re-aligned", variant="tokens", aligner=None):
     autoencoder = open_autoencoder(study, layers=LAYERS[1])
     aligner = load_aligner(folder, encoder, width=study.full)
     found = calibration_of(study, aligner, autoencoder.decoder, folder)
-    if name != "re-aligned": found["temperature"] = 1.
+    if name != "re-aligned": found["confidence"] = 0.
     return Realigned(encoder, autoencoder, aligner, variant, **found, name=name)
 
 

@@ -87,6 +87,7 @@ SEEDED = {"table2": ("system", "width", "dropout"), "table3": ("system",), "tabl
           "misalignment": ("part", "draft", "dropout", "system"), "realign": ("part", "draft", "dropout", "system", "length", "group"),
           "basin": ("direction", "at"), "systems": ("system", "mode", "draft", "dropout"),
           "failures": ("system", "draft"),
+          "external": ("draft", "system"),
           "spaces": ("part", "space", "centre", "direction", "at", "reading"),
           "cosmos": ("part", "system", "mode", "latents", "beta", "sigma", "mu"),
           "cola": ("part", "system", "steps", "guidance", "noise", "given", "mode"),

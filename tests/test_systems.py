@@ -338,11 +338,11 @@ def test_the_control_copies_a_clean_draft(systems, study):
 
 
 def test_the_aligner_is_calibrated_once_on_validation_drafts(study, systems, monkeypatch):
-    "The first opening selects shift and temperature and writes them beside the aligner; later ones read no draft."
+    "The first opening selects shift and confidence and writes them beside the aligner; later ones read no draft."
     folder, opened = study.model(aligner_name(study.full)), systems["re-aligned"]
     asked, drafts = [], study.drafts
     monkeypatch.setattr(study, "drafts", lambda *args, **more: asked.append((*args, *more.values())) or drafts(*args, **more))
-    found, given = dict(shift=opened.shift, temperature=opened.temperature), (opened.aligner, opened.autoencoder.decoder, folder)
+    found, given = dict(shift=opened.shift, confidence=opened.confidence), (opened.aligner, opened.autoencoder.decoder, folder)
     assert calibration_of(study, *given) == found and not asked
     (folder / "calibration.json").unlink()
     assert calibration_of(study, *given) == found

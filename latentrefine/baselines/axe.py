@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..autoencoder import draft_latents, full_vocabulary_logits, token_loss
 from .parallel import Parallel, mix_copies, open_slots, train_parallel
-from ..core import MASK, PAD, PROMPT_SLOTS, TARGET_SLOTS, VOCAB, RefineOutput
+from ..core import MASK, PAD, TARGET_SLOTS, VOCAB, RefineOutput
 from ..core import autocast, device, generator
 from ..draft_prior import DraftPrior, DraftPriorConfig, start_latents
 from ..drafts import with_drafts
@@ -67,7 +67,7 @@ def prediction_costs(read, classes, batch, weights=None):
 # %% ../../nbs/baselines/52_axe.ipynb #c14
 def aligned_loss(cost, skip, batch):
     "(AXE in nats a target token, mean target probability by slot) of costs as `prediction_costs` gives them."
-    predictions, targets = open_slots(batch)[1][:, PROMPT_SLOTS:].sum(1), batch.target_mask.sum(1)
+    predictions, targets = open_slots(batch)[1].sum(1), batch.target_mask.sum(1)
     by_slot = cost.detach().diagonal(dim1=1, dim2=2)[batch.target_mask]
     loss = axe(cost, skip, predictions, targets).sum() / targets.sum()
     return loss.float(), by_slot.neg().exp().mean().item()
@@ -106,7 +106,7 @@ def filled_slots(decoder, states, batch, weights=None):
     others = read.index_fill(-1, column, LOG_ZERO)
     left = predicted + torch.log1p(-empty.exp()).clamp(min=LOG_ZERO)       # the reader's other tokens
     log = mix_copies(full_vocabulary_logits(others, decoder.kept), (copied, left), batch.draft_ids)
-    filled = open_slots(batch)[1][:, PROMPT_SLOTS:] & (log.amax(-1) >= empty + predicted)
+    filled = open_slots(batch)[1] & (log.amax(-1) >= empty + predicted)
     return log.log_softmax(-1).clamp(min=torch.tensor(FLOOR).log().item()), filled
 
 # %% ../../nbs/baselines/52_axe.ipynb #c19
@@ -129,7 +129,7 @@ class Axe(Parallel):
 def open_drafts(batch):
     "The batch with the open slots as its drafts: [MASK] behind the draft, as in `ParallelTransformer`."
     ids, mask = open_slots(batch)
-    return replace(batch, draft_ids=ids[:, PROMPT_SLOTS:], draft_mask=mask[:, PROMPT_SLOTS:])
+    return replace(batch, draft_ids=ids, draft_mask=mask)
 
 
 def slot_loss(decoder, z, batch, count, gen):
