@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CARD', 'Refined', 'checked', 'check_texts', 'text_error', 'keep_unknown', 'describe', 'TextRefiner',
            'refine_texts', 'offered_entry', 'as_refiner', 'refiner_of', 'own_system', 'load', 'run_system',
-           'file_digests', 'save_pretrained', 'note_digest', 'read_note', 'saved_encoder', 'from_pretrained',
+           'file_digests', 'save_pretrained', 'note_digest', 'read_note', 'saved_encoder', 'bare', 'from_pretrained',
            'check_target', 'read_drafts', 'refined_lines', 'refine_file', 'widget', 'refine_command',
            'refine_drafts_command']
 
@@ -288,6 +288,14 @@ def saved_encoder(note, place=""):
     return encoder.with_layers(facts["layers"])
 
 
+def bare(kind, encoder):
+    "A system of the class `kind` on an encoder, without networks; a class may have its own method `bare`."
+    if hasattr(kind, "bare"): return kind.bare(encoder)
+    absent = {one.name: None for one in fields(kind) if one.default is MISSING
+              and one.default_factory is MISSING}
+    return kind(**{**absent, "encoder": encoder})
+
+# %% ../nbs/65_refine.ipynb #c22
 def from_pretrained(folder, encoder=""):
     "The TextRefiner that `save_pretrained` wrote; `encoder`: the folder of an encoder of your own."
     note = read_note(folder)
@@ -297,13 +305,11 @@ def from_pretrained(folder, encoder=""):
     if encoder.digest != note["encoder_digest"]:
         raise StudyError(f"{folder}: saved for another encoder than {encoder.name} is now; save the refiner "
                          "again")
-    absent = {one.name: None for one in fields(kind) if one.default is MISSING
-              and one.default_factory is MISSING}
-    system = kind(**{**absent, "encoder": encoder}).load(Path(folder))
+    system = bare(kind, encoder).load(Path(folder))
     return TextRefiner(system, note["steps"], None if note["kept"] is None else torch.tensor(note["kept"]),
                        note["facts"])
 
-# %% ../nbs/65_refine.ipynb #c23
+# %% ../nbs/65_refine.ipynb #c24
 def check_target(target):
     "What is wrong with a target, a phrase, or None."
     return text_error(target) if isinstance(target, str) else "not a text"
@@ -328,7 +334,7 @@ def read_drafts(path, tokenizer, strict=False):
     if not rows: raise StudyError(f"{path}: no usable draft" + "".join(f"\n{line}" for line in skipped[:20]))
     return rows, skipped
 
-# %% ../nbs/65_refine.ipynb #c24
+# %% ../nbs/65_refine.ipynb #c25
 def refined_lines(path):
     "The lines of a file of refined drafts, dicts; StudyError for anything else."
     try:
@@ -354,7 +360,7 @@ def refine_file(system, rows, target, seed=1337, size=32):
         write_text(target, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in done))
     return len(rows) - len(same)
 
-# %% ../nbs/65_refine.ipynb #c26
+# %% ../nbs/65_refine.ipynb #c27
 def widget(system, prompt="Ann went to the market. It began to rain.",
            draft="She her umbrella at home. She got wet."):
     "An ipywidgets box that refines what is typed into it."
@@ -369,7 +375,7 @@ def widget(system, prompt="Ann went to the market. It began to rain.",
     refine()
     return ipywidgets.VBox([*boxes, button, shown])
 
-# %% ../nbs/65_refine.ipynb #c28
+# %% ../nbs/65_refine.ipynb #c29
 def refine_command(study, given):
     "Carry out `latentrefine refine`: one draft, standard input, or a file of drafts."
     system = refiner_of(study, given.system)
@@ -389,7 +395,7 @@ def refine_command(study, given):
         write_samples_page(user_path(given.html), "Refined draft",
                            [dict(prompt=prompt, draft=draft, target="", tokens=tokens)])
 
-# %% ../nbs/65_refine.ipynb #c29
+# %% ../nbs/65_refine.ipynb #c30
 def refine_drafts_command(study, system, given):
     "Carry out `latentrefine refine --drafts`."
     rows, skipped = read_drafts(given.drafts, study.tokenizer, given.strict)

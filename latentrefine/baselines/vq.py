@@ -187,6 +187,8 @@ class Snapped(LatentSystem):
         parts = self.refiner.encoder.model, self.refiner.prior, self.refiner.flow, self.refiner.metric
         return [part for part in (*parts, self.net) if part is not None]
 
+    @classmethod
+    def bare(cls, encoder): return cls(DCLR(encoder, None))
     def fit(self, stories, config): return fit_snapped(self, stories, config)
     def save(self, folder): save_snapped(self, folder)
     def load(self, folder): return load_snapped(self, folder)
