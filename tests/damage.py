@@ -16,7 +16,7 @@ from latentrefine.reproduce import nodes
 from latentrefine.study import TRAINED_ON, kept_batches, trained_on
 from latentrefine.training import read_model, read_state
 
-EDITS = int(os.environ.get("LATENTREFINE_EDITS", 300))      # 2,000 for a long run
+EDITS = int(os.environ.get("LATENTREFINE_EDITS", 600))      # 2,000 for a long run
 RARE = ("encoder", "states")      # kinds whose check takes a tenth of a second: one edit in twenty
 
 
@@ -89,8 +89,11 @@ class Files:
         self.graph = nodes(study)
         made = {name: node for node in self.graph.values() for name in node.products}
         self.maker = {study.out / name: node for name, node in made.items()}
-        for path in study.out.glob("figures/*.png"):
-            self.maker[path] = next(node for node in self.graph.values() if f'"{path.stem}"' in self.answers_of(node))
+        self.maker = {path: node for path, node in self.maker.items() if path.is_file()}
+        for node in self.graph.values():
+            answers = [study.out / name for name in node.products if name.startswith("answers/")]
+            figures = [name for path in answers if path.is_file() for name, _ in json.loads(path.read_text())["figures"]]
+            self.maker.update({study.out / f"figures/{name}.png": node for name in figures})
         models = [path.parent for path in self.maker if path.name == "model.safetensors" and path.parent != self.encoder]
         self.digest = study.encoder.digest[:10]
         kinds = dict(model=[folder / name for folder in models for name in ("config.json", "model.safetensors")],
@@ -100,11 +103,8 @@ class Files:
                      states=[*study.out.glob(f"models/states/hidden-{self.digest}*.npy")], mark=[*study.out.glob("logs/*.done")],
                      state=[state] if state else [],
                      encoder=[path for path in self.encoder.iterdir() if path.suffix in (".json", ".txt", ".safetensors")])
-        self.kinds = {kind: sorted(paths) for kind, paths in kinds.items() if paths}
+        self.kinds = {kind: sorted(filter(Path.is_file, paths)) for kind, paths in kinds.items() if paths}
         assert len(self.kinds) >= 8, self.kinds.keys()
-
-    def answers_of(self, node):
-        return "".join((self.study.out / name).read_text() for name in node.products if name.startswith("answers/"))
 
     def stale(self, node): return stale_because(self.study.out, node.done, node.key)
 
