@@ -142,7 +142,7 @@ def joint_states(bert, prompt_ids, prompt_mask, suffix_ids, suffix_mask):
     order, slots = prompt_mask.sum(1).argsort(), prompt_ids.shape[1]
     places, parts = torch.arange(slots + suffix_ids.shape[1], device=prompt_ids.device), []
     for rows in order.split(max(GROUP, len(order) // 8)):
-        end = prompt_mask[rows].any(0).sum().item()
+        end = min(slots, max(1, prompt_mask[rows].any(0).sum().item()))
         mask = torch.cat([prompt_mask[rows, :end], suffix_mask[rows]], 1).long()
         given = torch.cat([prompt_ids[rows, :end], suffix_ids[rows]], 1)
         at = torch.cat([places[:end], places[slots:]])[None]

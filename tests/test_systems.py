@@ -360,11 +360,12 @@ def test_the_report_on_the_latents_of_the_aligner(study, systems, drafts):
 
 
 def test_no_steps_of_a_flow_are_its_start(study, systems, drafts):
-    start = DCLR(study.encoder, open_autoencoder(study), systems["full"].prior).slot_logits(drafts, 0, 1)
+    def started(system): return DCLR(study.encoder, open_autoencoder(study), system.prior).slot_logits(drafts, 0, 1)
+    start = started(systems["full"])
     flows = [system for system in systems.values() if isinstance(system, DCLR) and system.flow is not None]
     assert flows and torch.equal(start.logits, systems["DraftPrior"].slot_logits(drafts, 0, 1).logits)
     for system in flows:
-        out = system.slot_logits(drafts, 0, 1)
+        out, start = system.slot_logits(drafts, 0, 1), started(system)
         assert torch.equal(out.latents, start.latents), system.name
         assert torch.equal(replace(system, head=None).slot_logits(drafts, 0, 1).logits, start.logits), system.name
         assert torch.equal(out.logits, start.logits) == (system.head is None), system.name
@@ -482,7 +483,9 @@ def shortly(study, steps, out, seed=1337):
     sections = study.preset.training
     settings = [f"training.{name}.{field}" for name in sections for field in (f"steps={steps}", "save_seconds=0")]
     one = copy.copy(study)
-    one.preset = load_preset(study.preset_path, [*settings, f"training.realign.steps={12 * steps}"])
+    parts = {"realign": 12, "klflow": 2}        # the first models of these sections take a part of the steps
+    more = [f"training.{name}.steps={times * steps}" for name, times in parts.items()]
+    one.preset = load_preset(study.preset_path, settings + more)
     one.seed, one.model = seed, lambda name: study.model(name)
     return one
 

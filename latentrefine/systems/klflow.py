@@ -440,7 +440,7 @@ def klflow_models(preset):
                      first_seed=bool(variant))
     reading = dict(state_input="probability")
     paths = [model(name, "paths", path=path, warped=True, **reading) for path, name in PATH_MODELS.items()]
-    budgets = [model(budget_name("klflow", times), times=times) for times in BUDGETS[:-1]]
+    budgets = [model(budget_name("klflow", times), times=times) for times in BUDGETS[-2::-1]]
     return [model("klflow"), *budgets, model(PAPER_INPUT, **reading), *paths]
 
 
