@@ -253,4 +253,4 @@ register_system(SystemEntry(
     "Insertion Transformer", "baseline", "inserts a token into every gap of the draft, round by round",
     open_insertion, lambda preset: (autoencoder_name(preset.widths[0]), f"insertion-{preset.widths[0]}"),
     "Insertion Transformer: Flexible Sequence Generation via Insertion Operations",
-    colour="teal", compared=True))
+    colour="sienna", compared=True))
