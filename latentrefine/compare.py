@@ -7,6 +7,7 @@ __all__ = ['SETTINGS', 'TOLD', 'FACTS', 'PARTS', 'ALIKE', 'named', 'values_of', 
            'compare', 'summary_of', 'mixed_facts', 'dirty_commit', 'publish']
 
 # %% ../nbs/63_compare.ipynb #c02
+import re
 import shutil
 from pathlib import Path
 
@@ -102,9 +103,11 @@ ALIKE = {"commit": "commits", "hardware": "machines", "precision": "precisions",
 
 
 def mixed_facts(folder):
-    "What the rows of a run differ in, a text; empty if they are of one run."
+    "What the rows of a run differ in, a text, empty if in nothing; the cores that a row used may differ."
     rows = [row for path in sorted((Path(folder) / "tables").glob("*.json")) for row in load_rows(path)]
-    found = {label: sorted({str(row[name]) for row in rows if name in row}) for name, label in ALIKE.items()}
+    def value(row, name): return re.sub(r"\d+ of (\d+ cores)", r"\1", str(row[name]))
+    found = {label: sorted({value(row, name) for row in rows if name in row})
+             for name, label in ALIKE.items()}
     return "; ".join(f"{len(values)} {label}: {', '.join(values)}" for label, values in found.items()
                      if len(values) > 1)
 
@@ -116,7 +119,7 @@ def dirty_commit(folder):
 
 # %% ../nbs/63_compare.ipynb #c15
 def publish(run, target, missing=()):
-    """Copy a finished run to the committed folder `target`, replacing what is there.
+    """Copy a finished run to the committed folder `target`, outputs/PRESET, replacing what is there.
 
     missing: names of results that the run has not. StudyError for an unfinished or a mixed run."""
     run, target = Path(run), Path(target)
@@ -130,6 +133,9 @@ def publish(run, target, missing=()):
     for part in PARTS:
         if (run / part).is_dir(): shutil.copytree(run / part, fresh / part)
         elif (run / part).exists(): shutil.copy2(run / part, fresh / part)
+    for path in (fresh / "notebooks").glob("*.ipynb"):       # links to the sources, from the new place
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"\]\((?:\.\./)+nbs/", "](../../../nbs/", text), encoding="utf-8")
     if target.exists(): shutil.rmtree(target)
     fresh.rename(target)
     return target

@@ -84,7 +84,7 @@ def test_one_machine(run):
 
 SEEDED = {"table2": ("system", "width", "dropout"), "table3": ("system",), "table4": ("system", "share"), "table5": ("system", "steps"),
           "gaussian_start": ("system",), "figure1": ("training_step",), "gpt2_comparison": ("system",),
-          "misalignment": ("part", "draft", "dropout", "system"), "realign": ("part", "draft", "dropout", "system", "length", "group"),
+          "misalignment": ("part", "draft", "dropout", "system"), "realign": ("part", "draft", "dropout", "system", "length", "group", "shift"),
           "basin": ("direction", "at"), "systems": ("system", "mode", "draft", "dropout"),
           "failures": ("system", "draft"),
           "external": ("draft", "system"),
