@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..aligner import has_end_marker
 from ..autoencoder import full_vocabulary_logits, valid_slots
-from .mdlm import MaskedSampler, Persistent, draw, uniform_noise
+from .edit_flows import stratified_times
+from .mdlm import MaskedSampler, Persistent, draw, padded_behind_end, uniform_noise
 from ..blocks import time_features
-from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator
+from ..core import MASK, TARGET_SLOTS, RefineOutput, autocast, device, generator
 from ..drafts import with_drafts
 from ..systems.klflow import chunk_size
-from ..systems.lrd import MaskedDiffusion, kl_divergence, masked_fractions
+from ..systems.lrd import MaskedDiffusion, kl_divergence
 from ..training import finish, fit, load_weights, read_model, rows_at
 
 # %% ../../nbs/baselines/57_d3pm.ipynb #c05
@@ -81,7 +81,7 @@ CE_WEIGHT = 1.      # of the cross-entropy of x_0 beside the bound per slot
 
 def uniform_loss(net, batch, draft_mask, count, gen):
     "(loss, metrics) on at most `count` target slots of a batch."
-    s, t = (times.to(device()) for times in step_times(masked_fractions(len(batch), gen)))
+    s, t = (times.to(device()) for times in step_times(stratified_times(len(batch), gen)))
     target = net.reader.classes[batch.target_ids]
     x, places = noised(target, t, net.noise, gen), valid_slots(torch.ones_like(batch.target_mask), count, gen)
     chosen = torch.zeros(target.numel(), dtype=torch.bool, device=x.device)
@@ -160,9 +160,10 @@ def initial_tokens(system, batch, u):
     random = draw(net.noise.expand(u.numel(), -1), u.flatten()).view(u.shape)
     if system.mode in ("COND", "PROMPT"): return random, 1.
     if system.mode == "ORACLE": return net.reader.classes[batch.target_ids], START_TIME
-    tokens = net.reader.classes[batch.draft_ids.where(batch.draft_mask, PAD)]
-    held = batch.draft_mask | has_end_marker(batch)[:, None]
-    return tokens.where(held & (net.noise[tokens] > 0) & (batch.draft_ids != MASK), random), START_TIME
+    batch = padded_behind_end(batch)
+    tokens = net.reader.classes[batch.draft_ids]
+    held = batch.draft_mask & (net.noise[tokens] > 0) & (batch.draft_ids != MASK)
+    return tokens.where(held, random), START_TIME
 
 # %% ../../nbs/baselines/57_d3pm.ipynb #c21
 def uniform_sample(system, batch, steps, seed):

@@ -6,7 +6,7 @@
 __all__ = ['BLANK', 'HIGHEST', 'UNWRITTEN', 'KINDS', 'aligned_pair', 'kappa', 'rate_weight', 'remaining_edits', 'Edits',
            'partly_edited', 'EditFlow', 'Rates', 'possible_rates', 'edit_rates', 'flow_loss', 'edit_loss',
            'source_slots', 'fitting_gaps', 'EditedTexts', 'edit_texts', 'write_tokens', 'text_logits', 'story_uniforms',
-           'drawn_edits', 'euler_step', 'sample', 'train_edit_flow', 'network_config', 'load_edit_flow',
+           'drawn_edits', 'euler_step', 'sample', 'stratified_times', 'train_edit_flow', 'load_edit_flow',
            'EditFlowsInference', 'EditFlows', 'train_edit_flow_of', 'edit_flow_models', 'open_edit_flows']
 
 # %% ../../nbs/baselines/49_edit_flows.ipynb #c02
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..aligner import has_end_marker, pair_head, trainable_copy
 from ..autoencoder import full_vocabulary_logits, load_autoencoder
+from .parallel import network_config
 from ..blocks import time_features
 from ..core import MASK, PAD, SEP, TARGET_SLOTS, VOCAB, RefineOutput, autocast, device
 from ..core import generator, write_text
@@ -78,11 +79,14 @@ class Edits:
     substitute: Tensor     # [batch, 32], the new token, BLANK where there is none
 
     @property
-    def inserted(self):
-        "Places [batch, 33] with an insertion, bool."
-        found = F.pad(torch.zeros_like(self.delete), (0, 1))
-        found[self.rows, self.places] = True
-        return found
+    def count(self):
+        "Number of insertions at each place [batch, 33], fp32."
+        none = F.pad(torch.zeros_like(self.delete), (0, 1)).float()
+        one = torch.ones((), device=none.device)
+        return none.index_put((self.rows, self.places), one, accumulate=True)
+
+    @property
+    def inserted(self): return self.count > 0      # places [batch, 33] with an insertion, bool
 
     def to(self, device): return Edits(*(value.to(device) for value in vars(self).values()))
 
@@ -301,7 +305,12 @@ def sample(policies, batch, kept, steps, seed, until=1.):
         euler_step(policies, texts, step / steps, (step + 1) / steps, uniforms[:, step])
     return texts
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c38
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c39
+def stratified_times(count, gen):
+    "Times [count], one uniform in each of `count` equal parts of [0, 1), in random order."
+    return (torch.randperm(count, generator=gen) + torch.rand(count, generator=gen)) / count
+
+
 KINDS = ("drop", "replace", "drop", "insert", "drop", "mask")      # of the training drafts, in turn
 
 
@@ -315,25 +324,20 @@ def train_edit_flow(corpus, encoder, autoencoder, dropouts, training, folder, de
         batch, rate = corpus.batch.rows(rows_at(step, len(corpus), training)), dropouts[step % len(dropouts)]
         gen = generator(training.seed, "draft", "train", step)
         kind = KINDS[step // len(dropouts) % len(KINDS)]
-        batch, count = with_drafts(batch, rate, gen, kind), len(batch)
-        t = (torch.randperm(count, generator=gen) + torch.rand(count, generator=gen)) / count
+        batch, t = with_drafts(batch, rate, gen, kind), stratified_times(len(batch), gen)
         batch, edits = partly_edited(batch, t, gen)
         return edit_loss(net, batch.to(device()), edits.to(device()), t.to(device()))
     curve = fit(net, loss_at, training, folder, f"edit flow at {len(dropouts)} rates")
     config = {**network_config(net, encoder), "dropouts": list(dropouts)}
     return finish(folder, net, config, training, curve), curve
 
-
-def network_config(net, encoder):
-    return {"encoder_digest": encoder.digest, "depth": len(net.bert.encoder.layer)}
-
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c39
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c40
 def load_edit_flow(folder, encoder, autoencoder):
     "The frozen network saved in `folder`; StudyError if absent, damaged or of another encoder."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
     return load_weights(EditFlow(encoder.model, autoencoder, config.get("depth", 0)), weights, folder)
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c41
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c42
 @dataclass(frozen=True)
 class EditFlowsInference:
     "The rates and their sampler; `encoder` and `autoencoder`: what the network was initialised from."
@@ -356,7 +360,7 @@ class EditFlowsInference:
         texts = self.sampled(batch, steps, seed)
         return RefineOutput(text_logits(texts), None, texts.passes.mean().item())
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c42
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c43
 class EditFlows(EditFlowsInference):
     "Edit Flows from the draft as a System."
     def networks(self):
@@ -380,12 +384,12 @@ class EditFlows(EditFlowsInference):
         net = load_edit_flow(folder / "edit_flow", self.encoder, autoencoder)
         return replace(self, autoencoder=autoencoder, net=net, name=name)
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c50
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c51
 from ..autoencoder import autoencoder_name, open_autoencoder
 from ..encoder import Corpus
 from ..registry import Model, SystemEntry, draft_rates, register_models, register_system
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c51
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c52
 def train_edit_flow_of(study, folder, dropouts):
     "Train the edit rates of a study; returns their curve."
     corpus, training = Corpus(study.batches["train"], None), study.training("aligner")
@@ -409,7 +413,7 @@ def open_edit_flows(study):
 
 register_models(edit_flow_models, ("aligner",))
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c52
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c53
 register_system(SystemEntry(
     "Edit Flows", "baseline", "a discrete flow of insertions, deletions and substitutions from the draft",
     open_edit_flows, lambda preset: (autoencoder_name(preset.widths[0]), f"edit-flow-{preset.widths[0]}"),

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..aligner import has_end_marker, pair_head, trainable_copy
+from ..aligner import has_end_marker, pair_head, pairs_of, trainable_copy
 from ..autoencoder import full_vocabulary_logits, load_autoencoder
 from .axe import FLOOR, log_padding
 from .parallel import ParallelInference, network_config
-from ..core import PAD, TARGET_SLOTS, VOCAB, RefineOutput, autocast, device, generator, write_text
+from ..core import VOCAB, RefineOutput, autocast, device, generator, write_text
 from ..drafts import keep_mask, pack
 from ..readout import copy_decoder
 from ..realign import gaps_of, places_of
@@ -48,11 +48,7 @@ class InsertionNet(nn.Module):
         nn.init.zeros_(self.end[-1].weight); nn.init.constant_(self.end[-1].bias, 3.)    # gaps are rare
 
     def forward(self, batch, selected=None, forced=False):
-        mask = torch.cat([batch.prompt_mask, batch.draft_mask], 1)
-        ids = torch.cat([batch.prompt_ids, batch.draft_ids], 1).where(mask, PAD)
-        states = self.bert(ids, attention_mask=mask.long()).last_hidden_state[:, -TARGET_SLOTS:]
-        states = states * batch.draft_mask[..., None]
-        pairs = torch.cat([F.pad(states, (0, 0, 1, 0)), F.pad(states, (0, 0, 0, 1))], -1)
+        pairs = pairs_of(self.bert, batch)
         end = self.end(pairs).squeeze(-1).float()
         if selected is None: selected = open_places(batch) & (end < 0) | forced
         return end, selected, self.reader(self.token(pairs[selected])).float()

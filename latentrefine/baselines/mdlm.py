@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw', 'class_of', 'uniform_noise', 'predictor', 'Slots', 'sample_slots', 'nelbo', 'SampledOutput', 'MaskedSampler',
-           'initial_slots', 'observer', 'Persistent', 'MDLM', 'open_mdlm']
+           'padded_behind_end', 'initial_slots', 'observer', 'Persistent', 'MDLM', 'open_mdlm']
 
 # %% ../../nbs/baselines/55_mdlm.ipynb #c02
 import json
@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..autoencoder import full_vocabulary_logits, load_autoencoder, vocabulary_name
+from ..aligner import has_end_marker
+from ..autoencoder import columns_of, full_vocabulary_logits, load_autoencoder, vocabulary_name
 from ..core import (
-    MASK, UNK, VOCAB, RefineOutput, autocast, check_mode, device, generator, story_noise, write_text)
+    MASK, PAD, VOCAB, RefineOutput, autocast, check_mode, device, generator, story_noise, write_text)
 from ..encoder import Encoder
 from ..refiner import fit_autoencoder, read_parts, save_autoencoder
 from ..systems.klflow import chunk_size
@@ -31,10 +32,8 @@ def draw(p, u):
 
 
 def class_of(kept, ids):
-    "Indices of `ids` in the ascending vocabulary `kept`; of [UNK] for ids outside it."
-    index, unknown = (torch.searchsorted(kept, at) for at in (ids, torch.full_like(ids, UNK)))
-    index, unknown = (at.clamp(max=len(kept) - 1) for at in (index, unknown))
-    return index.where(kept[index] == ids, unknown)
+    "Columns of `ids` in logits over the vocabulary `kept`; of [UNK] for ids outside it."
+    return columns_of(kept.cpu()).to(ids.device)[ids]
 
 
 def uniform_noise(batch, width, seed):
@@ -140,8 +139,15 @@ class MaskedSampler:
         return batch.draft_mask & (self.mode == "COND")
 
 # %% ../../nbs/baselines/55_mdlm.ipynb #c18
+def padded_behind_end(batch):
+    "The batch with [PAD] as a token of its drafts in the slots behind an end marker: no slot there is open."
+    settled = batch.draft_mask | has_end_marker(batch)[:, None]
+    return replace(batch, draft_ids=batch.draft_ids.where(batch.draft_mask, PAD), draft_mask=settled)
+
+
 def initial_slots(system, batch):
-    "`Slots` of a batch: all hidden; in the mode START the draft's tokens are given."
+    "`Slots` of a batch: all hidden; in the mode START the draft's tokens are given, and its padding."
+    batch = padded_behind_end(batch)
     given = batch.draft_mask & (batch.draft_ids != MASK) & (system.mode == "START")
     return Slots(batch.draft_ids, ~given, system.net.reader.kept)
 

@@ -101,15 +101,18 @@ def code_loss(net, y, numbers, ids):
 # %% ../../nbs/baselines/47_vq.ipynb #c20
 def code_perplexity(numbers, count):
     "Perplexity of the codes of each group [groups], given code numbers [n, groups] out of `count`."
-    share = F.one_hot(numbers, count).float().mean(0)
-    return torch.special.entr(share).sum(-1).exp()
+    frequencies = F.one_hot(numbers, count).float().mean(0)
+    return torch.special.entr(frequencies).sum(-1).exp()
 
 # %% ../../nbs/baselines/47_vq.ipynb #c21
 @torch.no_grad()
 def start_codes(net, latents, gen, chosen=None):
-    "Set the codes of `chosen` [groups, codes], all of them if None, to parts of random `latents` [n, width]."
-    parts = latents.float().unflatten(-1, net.codes.shape[::2])
-    rows = torch.randint(len(parts), net.codes.shape[:2], generator=gen).to(parts.device)
+    """Set the codes of `chosen` [groups, codes], None: all of them, to parts of random `latents` [n, width].
+
+    A latent serves a group once; if there are fewer latents than codes, they are used in turn."""
+    parts, (groups, count) = latents.float().unflatten(-1, net.codes.shape[::2]), net.codes.shape[:2]
+    order = torch.rand(groups, len(parts), generator=gen).argsort(1)
+    rows = order[:, torch.arange(count) % len(parts)].to(parts.device)
     fresh = parts[rows, torch.arange(len(rows), device=rows.device)[:, None]]      # [groups, codes, size]
     chosen = torch.ones_like(rows, dtype=torch.bool) if chosen is None else chosen
     net.codes.copy_(fresh.where(chosen[..., None], net.codes)); net.unused.masked_fill_(chosen, 0)
