@@ -6,8 +6,9 @@
 __all__ = ['BLANK', 'HIGHEST', 'UNWRITTEN', 'KINDS', 'aligned_pair', 'kappa', 'rate_weight', 'remaining_edits', 'Edits',
            'partly_edited', 'EditFlow', 'Rates', 'possible_rates', 'edit_rates', 'flow_loss', 'edit_loss',
            'source_slots', 'fitting_gaps', 'EditedTexts', 'edit_texts', 'write_tokens', 'text_logits', 'story_uniforms',
-           'drawn_edits', 'euler_step', 'sample', 'stratified_times', 'train_edit_flow', 'load_edit_flow',
-           'EditFlowsInference', 'EditFlows', 'train_edit_flow_of', 'edit_flow_models', 'open_edit_flows']
+           'drawn_edits', 'euler_step', 'sample', 'stratified_times', 'train_edit_flow', 'network_config',
+           'load_edit_flow', 'EditFlowsInference', 'EditFlows', 'train_edit_flow_of', 'edit_flow_models',
+           'open_edit_flows']
 
 # %% ../../nbs/baselines/49_edit_flows.ipynb #c02
 import json
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from ..aligner import has_end_marker, pair_head, trainable_copy
 from ..autoencoder import full_vocabulary_logits, load_autoencoder
-from .parallel import network_config
 from ..blocks import time_features
 from ..core import MASK, PAD, SEP, TARGET_SLOTS, VOCAB, RefineOutput, autocast, device
 from ..core import generator, write_text
@@ -330,6 +330,10 @@ def train_edit_flow(corpus, encoder, autoencoder, dropouts, training, folder, de
     curve = fit(net, loss_at, training, folder, f"edit flow at {len(dropouts)} rates")
     config = {**network_config(net, encoder), "dropouts": list(dropouts)}
     return finish(folder, net, config, training, curve), curve
+
+
+def network_config(net, encoder):
+    return {"encoder_digest": encoder.digest, "depth": len(net.bert.encoder.layer)}
 
 # %% ../../nbs/baselines/49_edit_flows.ipynb #c40
 def load_edit_flow(folder, encoder, autoencoder):
