@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'FILLED', 'edit_labels', 'text_labels', 'LevenshteinTransformer', 'policies_of', 'fill_placeholders',
-           'edit_round', 'decode', 'incomplete_texts', 'deletion_loss', 'filled_texts', 'levenshtein_loss',
-           'train_levenshtein', 'network_config', 'load_levenshtein', 'LevenshteinInference', 'Levenshtein',
-           'train_levenshtein_of', 'levenshtein_models', 'open_levenshtein']
+           'edit_round', 'decode', 'deletion_loss', 'filled_texts', 'levenshtein_loss', 'train_levenshtein',
+           'load_levenshtein', 'LevenshteinInference', 'Levenshtein', 'train_levenshtein_of', 'levenshtein_models',
+           'open_levenshtein']
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c02
 import json
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from rapidfuzz.distance import Indel
 from torch import nn
 
-from ..aligner import gap_loss, has_end_marker, pair_head, trainable_copy
+from ..aligner import (
+    drafts_with_gaps, gap_loss, has_end_marker, pair_head, pairs_of, trainable_copy)
 from ..autoencoder import load_autoencoder
 from .edit_flows import UNWRITTEN, EditedTexts, fitting_gaps, text_logits
-from ..core import MASK, PAD, SEP, TARGET_SLOTS, RefineOutput, autocast, device, generator
-from ..core import write_text
-from ..drafts import keep_mask, pack
+from .parallel import network_config
+from ..core import MASK, SEP, TARGET_SLOTS, RefineOutput, autocast, device, generator, write_text
 from ..encoder import Encoder
 from ..readout import copy_decoder
-from ..realign import expand_gaps, gaps_of, places_of
+from ..realign import expand_gaps, places_of
 from ..refiner import fit_autoencoder, read_parts, save_autoencoder
 from ..training import finish, fit, load_weights, read_model, rows_at, save_model
 
@@ -77,11 +77,8 @@ class LevenshteinTransformer(nn.Module):
 def policies_of(net, batch):
     """(log odds of deletion [batch, 32]; log-probabilities [batch, 33, 32] of the number of missing tokens;
     logits [n, kept] of the n placeholders, [MASK] in the draft), fp32."""
-    mask = torch.cat([batch.prompt_mask, batch.draft_mask], 1)
-    ids = torch.cat([batch.prompt_ids, batch.draft_ids], 1).where(mask, PAD)
-    states = net.bert(ids, attention_mask=mask.long()).last_hidden_state[:, -TARGET_SLOTS:]
-    states = states * batch.draft_mask[..., None]
-    pairs = torch.cat([F.pad(states, (0, 0, 1, 0)), F.pad(states, (0, 0, 0, 1))], -1)
+    pairs = pairs_of(net.bert, batch)
+    states = pairs[:, 1:].chunk(2, -1)[0]                  # of the tokens; a pair begins with its left one
     slots = states[(batch.draft_ids == MASK) & batch.draft_mask]
     tokens = net.reader((slots - net.mean) / net.scale).float().masked_fill(net.unwritten, -1e4)
     return net.delete(states).squeeze(-1).float(), net.gap(pairs).float().log_softmax(-1), tokens
@@ -131,13 +128,6 @@ def decode(policies, batch, kept, rounds=ROUNDS):
     return texts
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c21
-def incomplete_texts(batch, rate, gen):
-    "(batch with tokens dropped at `rate`, a float or [batch, 1]; the true gaps [batch, 33])."
-    keep = keep_mask(batch.target_ids, batch.target_mask, rate, gen)
-    draft_ids, draft_mask = pack(batch.target_ids, keep)
-    return replace(batch, draft_ids=draft_ids, draft_mask=draft_mask), gaps_of(keep, batch.target_mask)
-
-
 def deletion_loss(delete, keep, batch):
     "Cross-entropy in nats of keeping [batch, 32] the tokens of a batch, the end marker left out."
     tokens = batch.draft_mask & (batch.draft_ids != SEP)
@@ -182,15 +172,11 @@ def train_levenshtein(corpus, encoder, autoencoder, dropouts, training, folder, 
         batch, rate = corpus.batch.rows(rows_at(step, len(corpus), training)), dropouts[step % len(dropouts)]
         gen = generator(training.seed, "draft", "train", step)
         if step // len(dropouts) % 2: rate = torch.rand(len(batch), 1, generator=gen)
-        batch, true = incomplete_texts(batch, rate, gen)
+        batch, true = drafts_with_gaps(batch, rate, gen)
         return levenshtein_loss(net, batch.to(device()), true.to(device()))
     curve = fit(net, loss_at, training, folder, f"Levenshtein transformer at {len(dropouts)} rates")
     config = {**network_config(net, encoder), "dropouts": list(dropouts)}
     return finish(folder, net, config, training, curve), curve
-
-
-def network_config(net, encoder):
-    return {"encoder_digest": encoder.digest, "depth": len(net.bert.encoder.layer)}
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c24
 def load_levenshtein(folder, encoder, autoencoder):
