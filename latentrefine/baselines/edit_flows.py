@@ -331,17 +331,17 @@ def train_edit_flow(corpus, encoder, autoencoder, dropouts, training, folder, de
     config = {**network_config(net, encoder), "dropouts": list(dropouts)}
     return finish(folder, net, config, training, curve), curve
 
-
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c40
 def network_config(net, encoder):
     return {"encoder_digest": encoder.digest, "depth": len(net.bert.encoder.layer)}
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c40
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c41
 def load_edit_flow(folder, encoder, autoencoder):
     "The frozen network saved in `folder`; StudyError if absent, damaged or of another encoder."
     config, weights = read_model(folder, encoder_digest=encoder.digest)
     return load_weights(EditFlow(encoder.model, autoencoder, config.get("depth", 0)), weights, folder)
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c42
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c43
 @dataclass(frozen=True)
 class EditFlowsInference:
     "The rates and their sampler; `encoder` and `autoencoder`: what the network was initialised from."
@@ -364,7 +364,7 @@ class EditFlowsInference:
         texts = self.sampled(batch, steps, seed)
         return RefineOutput(text_logits(texts), None, texts.passes.mean().item())
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c43
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c44
 class EditFlows(EditFlowsInference):
     "Edit Flows from the draft as a System."
     def networks(self):
@@ -388,12 +388,12 @@ class EditFlows(EditFlowsInference):
         net = load_edit_flow(folder / "edit_flow", self.encoder, autoencoder)
         return replace(self, autoencoder=autoencoder, net=net, name=name)
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c51
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c52
 from ..autoencoder import autoencoder_name, open_autoencoder
 from ..encoder import Corpus
 from ..registry import Model, SystemEntry, draft_rates, register_models, register_system
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c52
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c53
 def train_edit_flow_of(study, folder, dropouts):
     "Train the edit rates of a study; returns their curve."
     corpus, training = Corpus(study.batches["train"], None), study.training("aligner")
@@ -417,7 +417,7 @@ def open_edit_flows(study):
 
 register_models(edit_flow_models, ("aligner",))
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c53
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c54
 register_system(SystemEntry(
     "Edit Flows", "baseline", "a discrete flow of insertions, deletions and substitutions from the draft",
     open_edit_flows, lambda preset: (autoencoder_name(preset.widths[0]), f"edit-flow-{preset.widths[0]}"),
