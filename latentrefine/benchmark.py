@@ -154,18 +154,20 @@ def benchmark(preset, out, overrides=()):
     return cost_table(rows, peak), said
 
 # %% ../nbs/66_benchmark.ipynb #c17
-READ = """
-import resource, sys, time
+READ = r"""
+import re, sys, time
+from pathlib import Path
 from latentrefine.study import Study
 began = time.monotonic()
 study = Study("cpu", sys.argv[1], overrides=["limit=" + sys.argv[2]])
 found = sum(len(batch) for batch in study.batches.values())
-print(found, time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+print(found, time.monotonic() - began, int(peak) / 1024)
 """
 
 
 def growth(stories, counts=(5_000, 20_000, 45_000)):
-    "Seconds and peak memory (MiB) of reading `counts` stories of a file, one process each."
+    "Seconds and peak memory (MiB) of reading `counts` stories of a file, one process each; on Linux."
     rows = []
     for count in counts:
         run = subprocess.run([sys.executable, "-c", READ, str(stories), str(count)], capture_output=True,
