@@ -130,8 +130,11 @@ def chapters():
 
 
 def load_chapters():
-    "Import every chapter of the package."
+    "Import every chapter of the package; systems are then in the order of chapters, whatever came first."
     for name in chapters(): importlib.import_module(name)
+    place = {name: number for number, name in enumerate(chapters())}
+    found = sorted(SYSTEMS.items(), key=lambda item: place.get(item[1].open.__module__, len(place)))
+    SYSTEMS.clear(); SYSTEMS.update(found)
 
 # %% ../nbs/06_registry.ipynb #c19
 def load_plugin(path):
