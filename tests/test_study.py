@@ -151,7 +151,7 @@ def test_a_changed_setting_reruns_what_depends_on_it(whole, tmp_path):
     before = marks()
     training = {**TINY["training"], "head": {**TINY["training"]["head"], "lr": 1e-3}}
     changed = write_preset(tmp_path / "tiny.yaml", preset, training=training)
-    heads = {"head-flow-32-p5-s1337", "head-metric-32-p5-s1337", "mixed-head-32-s1337"}
+    heads = {"head-flow-32-p5-s1337", "head-metric-32-p5-s1337", "head-metric-32-p5-long-s1337", "mixed-head-32-s1337"}
     assert due(out, changed) == {*heads, *READS_HEADS, *READS_ALL_TRAINING, "report"}
     assert due(out, preset, overrides=["training.head.lr=1e-3"]) == due(out, changed)
     words = ("reproduce", "training.head.lr=1e-3", "--preset", preset, "--out", out, "--", "--dry-run")
