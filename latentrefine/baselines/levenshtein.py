@@ -19,7 +19,7 @@ from rapidfuzz.distance import Indel
 from torch import nn
 
 from ..aligner import (
-    drafts_with_gaps, gap_loss, has_end_marker, pair_head, pairs_of, trainable_copy)
+    corrupted_drafts, gap_loss, has_end_marker, pair_head, pairs_of, trainable_copy)
 from ..autoencoder import load_autoencoder
 from .edit_flows import UNWRITTEN, EditedTexts, fitting_gaps, text_logits
 from .parallel import network_config
@@ -172,7 +172,7 @@ def train_levenshtein(corpus, encoder, autoencoder, dropouts, training, folder, 
         batch, rate = corpus.batch.rows(rows_at(step, len(corpus), training)), dropouts[step % len(dropouts)]
         gen = generator(training.seed, "draft", "train", step)
         if step // len(dropouts) % 2: rate = torch.rand(len(batch), 1, generator=gen)
-        batch, true = drafts_with_gaps(batch, rate, gen)
+        batch, true, _ = corrupted_drafts(batch, rate, gen)
         return levenshtein_loss(net, batch.to(device()), true.to(device()))
     curve = fit(net, loss_at, training, folder, f"Levenshtein transformer at {len(dropouts)} rates")
     config = {**network_config(net, encoder), "dropouts": list(dropouts)}
