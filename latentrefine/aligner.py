@@ -9,7 +9,7 @@ __all__ = ['SHIFTS', 'CONFIDENCES', 'CE_RATIO', 'KINDS', 'DROP', 'INSERT', 'SWAP
            'select_shift', 'mixture_of', 'sharpen', 'confidence_losses', 'select_confidence', 'edits_of',
            'corrupted_drafts', 'random_rates', 'random_kinds', 'rows_of_similar_length', 'gap_loss', 'missing_tokens',
            'fill_loss', 'train_aligner', 'load_aligner', 'drafts_and_kept', 'calibration_of', 'aligner_name',
-           'train_aligner_of', 'aligner_models']
+           'train_aligner_of', 'aligner_variants', 'aligner_models']
 
 # %% ../nbs/27_aligner.ipynb #c02
 import copy
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
+from .autoencoder import full_vocabulary_logits
 from .core import MASK, PAD, SEP, TARGET_SLOTS, autocast, device, generator, write_text
 from .drafts import keep_mask, pack
 from .realign import align, gaps_between, hard_alignment, places_of, realign, token_mixture
@@ -170,7 +171,8 @@ def mixture_of(alignment, fill, draft_ids, decoder):
     """
     missing, nothing = replace(alignment, reads=0 * alignment.reads), 0 * fill[:, :TARGET_SLOTS, 0]
     latents = realign(missing, nothing, fill) / alignment.missing[..., None].clamp(min=1e-6)
-    return token_mixture(alignment, draft_ids, decoder.full(latents).log_softmax(-1))
+    narrow = decoder(latents).float().log_softmax(-1)      # normalised before it is expanded: the same, cheaper
+    return token_mixture(alignment, draft_ids, full_vocabulary_logits(narrow, decoder.kept))
 
 # %% ../nbs/27_aligner.ipynb #c21
 def sharpen(log, confidence):
@@ -358,15 +360,21 @@ def train_aligner_of(study, folder, part=1, deep=False):
     return curve
 
 # %% ../nbs/27_aligner.ipynb #c41
+def aligner_variants(preset):
+    "Arguments of `train_aligner_of` by label: 1 is the aligner; the others are trained at the first seed."
+    if not preset.aligner_ablation: return {"1": {}}
+    parts = {f"1/{part}": dict(part=part) for part in ALIGNER_PARTS}
+    return {"1": {}, **parts, "deep": dict(part=ALIGNER_PARTS[-1], deep=True)}
+
+
 def aligner_models(preset):
-    "The aligner of a preset, and its variants at the first seed."
+    "The aligner of a preset and its variants."
     full = preset.widths[0]
-    variants = [{}, *(dict(part=part) for part in ALIGNER_PARTS), dict(part=ALIGNER_PARTS[-1], deep=True)]
     shared = dict(train=train_aligner_of, section="realign", sizes=("aligner",),
                   needs=(autoencoder_name(full, LAYERS[1]),),
                   curves=("gap_ce", "keep_ce", "fill_probability"))
     return [Model(aligner_name(full, **one), "aligner-variants" if one else "aligner", first_seed=bool(one),
-                  parameters=one, **shared) for one in variants]
+                  parameters=one, **shared) for one in aligner_variants(preset).values()]
 
 
 register_models(aligner_models, ("realign",), {"aligner": AlignerConfig})

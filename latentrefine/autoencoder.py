@@ -41,9 +41,10 @@ def full_vocabulary_logits(logits, kept):
     logits = logits.float()
     if len(kept) == VOCAB: return logits
     unseen = logits[..., kept == UNK] - math.log(1 + VOCAB - len(kept))
-    shape = logits.shape[:-1]
-    whole = unseen.expand(*shape, VOCAB).scatter(-1, kept.expand(*shape, -1), logits)
-    return whole.index_copy(-1, torch.tensor([UNK], device=logits.device), unseen)
+    whole = unseen.repeat(*[1] * (logits.dim() - 1), VOCAB)
+    whole[..., kept] = logits
+    whole[..., UNK] = unseen[..., 0]
+    return whole
 
 # %% ../nbs/20_autoencoder.ipynb #c07
 class TokenDecoder(nn.Module):

@@ -152,9 +152,9 @@ POOL = 3          # drafts a story of a DraftPrior with a larger budget; see Cho
 JUDGED = 300      # validation stories of its curve
 
 
-def probes(steps, halvings=5):
+def probes(steps, halvings=5, fewest=10):
     "Steps at which a run of `steps` is scored: the last, and those after half, a quarter, ... of them."
-    return {max(1, steps >> k) - 1 for k in range(halvings + 1)}
+    return {steps - 1} | {(steps >> k) - 1 for k in range(halvings + 1) if steps >> k >= fewest}
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class Preset(BaseModel, **STRICT):
     widths: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     claim_widths: list[Positive]
     dropouts: Annotated[list[Rate], Field(min_length=1)]
-    shared_prior: Flag
+    shared_prior: Flag; aligner_ablation: Flag
     flow_steps: Annotated[Whole, Field(ge=0, le=10_000)]
     seeds: Annotated[Whole, Field(ge=1, le=1000)]
     families: Annotated[list[Literal[FAMILIES]], Field(min_length=1)]

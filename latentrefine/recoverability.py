@@ -51,11 +51,13 @@ def token_scores(logits, target_ids, target_mask):
     target, logits = target_ids[target_mask], logits.float()
     if target.numel() and not 0 <= target.min() <= target.max() < logits.shape[-1]:
         raise ValueError(f"a valid target id lies outside the vocabulary of {logits.shape[-1]}")
-    norm, best = logits.logsumexp(-1), logits.max(-1).indices      # [batch, slots]; argmax is slower on a CPU
+    best = logits.max(-1).indices                                  # [batch, slots]
     story, slot = target_mask.nonzero(as_tuple=True)
+    aligned, found = aligned_slots(best, target_ids, target_mask)
+    read = target_mask.index_put((story[found], aligned[found]), torch.tensor(True, device=best.device))
+    norm = torch.zeros_like(logits[..., 0]).masked_scatter(read, logits[read].logsumexp(-1))
     def logp(at): return logits[story, at, target] - norm[story, at]
     def hit(at): return best[story, at] == target
-    aligned, found = aligned_slots(best, target_ids, target_mask)
     slotwise = dict(ce=-logp(slot), probability=logp(slot).exp(), top1=hit(slot).float())
     return slotwise | dict(aligned_probability=logp(aligned).exp().where(found, 0.),
                            aligned_top1=(hit(aligned) & found).float(), story=story)

@@ -13,7 +13,7 @@ from latentrefine.core import CLS, PAD, SEP, StudyError, user_path
 from latentrefine.drafts import CORRUPTIONS, MORE_CORRUPTIONS, clean_batch, keep_mask, pack, with_drafts
 from latentrefine.evaluation import aligned_equal
 from latentrefine.presets import Preset, load_preset
-from latentrefine.realign import gap_posterior, gaps_of, places_of, total_weights
+from latentrefine.realign import align, gaps_of
 from latentrefine.stories import has_text, read_stories, repaired
 
 settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=60, database=None,
@@ -131,14 +131,19 @@ def test_gaps_put_every_token_back_where_it_was(batch, dropout, seed):
         assert torch.equal(batch.target_ids[row][place[mask[row]]], ids[row][mask[row]])
 
 
-@given(targets(), st.integers(0, 2 ** 31))
-def test_the_posterior_of_gaps_is_a_distribution_at_each_place(batch, seed):
+@given(targets(), st.booleans(), st.booleans(), st.integers(0, 2 ** 31))
+def test_every_target_slot_has_one_source(batch, given_length, deleting, seed):
+    "The probabilities of its sources sum to 1 before the target's end, and to 0 behind it."
     gen = torch.Generator().manual_seed(seed)
     ids, mask = pack(batch.target_ids, keep_mask(batch.target_ids, batch.target_mask, .3, gen))
-    places = places_of(mask, torch.ones(len(ids), dtype=torch.bool))
+    ended, length = ((ids == SEP) & mask).any(1), batch.target_mask.sum(1)
     gaps = torch.randn(len(ids), 33, 4, generator=gen).log_softmax(-1)
-    found = gap_posterior(gaps, places, total_weights(places, mask, batch.target_mask.sum(1)))
-    assert torch.allclose(found.sum((2, 3)), torch.ones(found.shape[:2]), atol=1e-4)
+    keeps = torch.randn(len(ids), 32, 2, generator=gen).log_softmax(-1) if deleting else None
+    found = align(gaps, mask, ended, length * given_length, keeps)
+    assert found.within.max() < 1 + 1e-4 and found.reads.min() >= 0 and found.fills.min() >= 0
+    assert (found.within.diff(dim=1) < 1e-4).all()                        # the target ends once
+    reachable = length <= mask.sum(1) + 3 * (mask.sum(1) + (~ended))
+    if given_length: assert torch.allclose(found.within[reachable].sum(1), length[reachable].float(), atol=1e-3)
 
 
 @given(st.lists(st.integers(0, 5), max_size=12), st.lists(st.integers(0, 5), max_size=12))
