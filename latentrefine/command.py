@@ -201,14 +201,16 @@ def check_bounds(given):
 # %% ../nbs/68_command.ipynb #c17
 def do_reproduce(given, more):
     from latentrefine.doctor import check_room
-    from latentrefine.reproduce import reproduce
+    from latentrefine.reproduce import DRY_RUN, reproduce
     targets, overrides = split_words(given.targets)
     study = study_of(given, overrides)
     targets += group_results(study, given.group) if given.group else []
     check_room(study)
     seconds = reproduce(study, targets, given.cores, more)
     what, page = f"{study.out}: {', '.join(targets) or 'every table and figure'}", study.out / "report.html"
+    log = study.out / "logs" / "study.log"
     if seconds is None: print(f"{what} up to date, nothing to do")
+    elif set(more) & set(DRY_RUN): print(f"{what}: a dry run; what would run is in {log}")
     else: print(f"{what} made in {seconds / 60:.1f} min" + (f"; open {page}" if page.exists() else ""))
     if not targets and (committed_of(study) / "tables").is_dir():
         say_compared(study, committed_of(study), most=5)
@@ -365,6 +367,8 @@ def main(arguments=None):
 # %% ../nbs/68_command.ipynb #c29
 def run(given, more):
     "Carry out parsed arguments; returns the exit code, None for 0."
+    if sys.flags.optimize > 1:
+        raise StudyError("PYTHONOPTIMIZE=2 removes docstrings that transformers needs; unset it")
     if more and given.command != "reproduce":
         raise StudyError(f"words behind -- are for reproduce, not for {given.command}")
     check_bounds(given)

@@ -90,8 +90,8 @@ def read_encoder(name):
     options = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     try:
         check_model_type(name, folder)
-        whole, notes = BertForMaskedLM.from_pretrained(folder, **options)
-        tokenizer = BertTokenizerFast.from_pretrained(folder)
+        whole, notes = BertForMaskedLM.from_pretrained(folder, return_dict=True, **options)
+        tokenizer = BertTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
     except StudyError: raise
     except Exception as error:  # transformers raises many types here; each means that the name cannot be read
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]

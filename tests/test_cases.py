@@ -9,6 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
 import torch
 from commands import as_file, as_lines, call, refused, write_preset
@@ -16,15 +18,18 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from latentrefine.core import ROOT, StudyError, writing
-from latentrefine.encoder import load_encoder
+from latentrefine.encoder import embed_texts, load_encoder
 from latentrefine.evaluation import unseen_stories
 from latentrefine.measure import check_rows, recorded_digest
+from latentrefine.notebooks import check_parameters, run_notebook
 from latentrefine.presets import load_preset
 from latentrefine.registry import load_chapters
 from latentrefine.report import markdown_of
 from latentrefine.stories import read_stories
 from latentrefine.study import TRAINED_ON, Study
+from latentrefine.textmetrics import mauve_score
 from latentrefine.training import load_weights, read_model, save_model
+from latentrefine.transport import sinkhorn_divergence
 
 load_chapters()
 STORY = ("Ann went out.", "It rained.", "She took a cat.", "The cat ran.", "She got wet.")
@@ -272,22 +277,38 @@ def stale_kernel(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("home", [None, "/proc/1/none"], ids=["no HOME", "HOME that cannot be written"])
-def test_the_same_rows_in_any_environment(checkout, tiny_preset, tmp_path, home):
-    "C locale, a stale kernel, no git, and paths with braces, quotes, spaces and other letters; executed notebooks hold no machine path."
-    out = tmp_path / "o {a} \u00e9"
+def litter(folder):
+    """A folder whose modules bear names of the standard library and of dependencies (transformers#7448), with a default profile of
+    Snakemake for another workflow (snakemake#3994)."""
+    (folder / "datasets").mkdir(parents=True)
+    for name in ("yaml", "random", "torch", "datasets/__init__"): (folder / f"{name}.py").write_text("raise RuntimeError('not yours')")
+    (folder / "profiles" / "default").mkdir(parents=True)
+    (folder / "profiles" / "default" / "config.yaml").write_text("no-such-option: true\n")
+    (folder / "config.yaml").write_text("dry-run: true\n")
+    return folder
+
+
+HOMES = {"no HOME": (None, "table1"), "HOME below a file": ("/proc/1/none", "table1"), "HOME=/": ("/", "stories"),
+         "HOME that cannot be written": ("/proc", "stories")}
+
+
+@pytest.mark.parametrize("home, target", HOMES.values(), ids=HOMES)
+def test_the_same_rows_in_any_environment(checkout, tiny_preset, tmp_path, home, target):
+    """C locale, a stale kernel, no git, a folder with files of others, and paths with braces, quotes, spaces and other letters; executed
+    notebooks hold no machine path. A profile of Snakemake for another workflow (snakemake#1398) changes nothing."""
+    out, folder = tmp_path / "o {a} \u00e9", litter(tmp_path / "cwd")
     (tmp_path / "bin").mkdir()
     for name in ("bash", "sh", "which", "uname", "env"):
         if there := shutil.which(name): (tmp_path / "bin" / name).symlink_to(there)
     environment = dict(PATH=f"{Path(sys.executable).parent}{os.pathsep}{tmp_path / 'bin'}", LC_ALL="C", JUPYTER_PATH=stale_kernel(tmp_path / "jupyter"), PYTHONPATH=str(checkout),
-                       OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+                       OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", SNAKEMAKE_PROFILE=str(folder))
     if home: environment["HOME"] = home
-    command = [sys.executable, "-m", "latentrefine.command", "reproduce", "table1", "--preset", tiny_preset, "--out", str(out), "--cores", "2"]
-    run = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "latentrefine.command", "reproduce", target, "--preset", tiny_preset, "--out", str(out), "--cores", "2"]
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 0 and "made in" in run.stdout, run.stderr + (out / "logs" / "study.log").read_text()[-3000:]
-    rows = json.loads((out / "tables" / "table1.json").read_text())
+    rows = json.loads((out / "tables" / f"{target}.json").read_text())
     assert rows and {row["commit"] for row in rows} == {"unknown"}
-    text = (out / "notebooks" / "table1.ipynb").read_text(encoding="utf-8")
+    text = (out / "notebooks" / f"{target}.ipynb").read_text(encoding="utf-8")
     assert str(checkout) not in text and json.loads(text)["nbformat"] == 4 and "~~" not in text
 
 
@@ -296,6 +317,112 @@ def test_installed_without_its_notebooks(tmp_path):
     shutil.copytree(ROOT / "latentrefine", tmp_path / "latentrefine")
     run = subprocess.run([sys.executable, "-m", "latentrefine.command", "plan"], env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "run latentrefine from a checkout" in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+# Public reports of the tools that the study stands on; those above are of transformers#7448, snakemake#1398 and snakemake#3994
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    "A function that writes a notebook of code cells, the first with the tag `parameters`, runs it and returns its executed cells."
+    monkeypatch.setattr("latentrefine.notebooks.NOTEBOOKS", tmp_path)
+    def run(*cells, **parameters):
+        whole = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in cells])
+        whole.cells[0].metadata.tags = ["parameters"]
+        nbformat.write(whole, tmp_path / "mine.ipynb")
+        run_notebook("mine.ipynb", parameters, tmp_path / "done.ipynb", tmp_path / "log.ipynb")
+        return nbformat.read(tmp_path / "done.ipynb", 4).cells
+    return run
+
+
+@pytest.mark.parametrize("cell", ['s = "a=b"  # papermill#864', 's = ["prior.steps=3"]', 's: Literal["a", "b"] = "b"  # papermill#906', "s = [\n  'a',\n]"])
+def test_a_parameter_with_any_value_is_known(notebook, cell):
+    "papermill#864 and papermill#906: an equals sign in a value, or quotes in an annotation, hid the parameter."
+    assert notebook(f"from typing import Literal\n{cell}", "print(s)", s="c=d")[-1].outputs[0].text == "c=d\n"
+    with pytest.raises(StudyError, match="unknown parameter t; it has s"): notebook(cell, "print(s)", t=1)
+
+
+def test_a_damaged_notebook_is_named(tmp_path):
+    for text in ("", "{}", "[" * 9999, '{"cells": [{"cell_type": "code"}]}'):
+        (tmp_path / "mine.ipynb").write_text(text)
+        with pytest.raises(StudyError, match="mine.ipynb"): check_parameters(tmp_path / "mine.ipynb", {"s": 1})
+
+
+@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "raise SystemExit", "exit()", "%run nosuch.py", "raise KeyboardInterrupt"])
+def test_a_notebook_that_ends_early_is_not_finished(notebook, tmp_path, end):
+    "papermill#536 and nbclient#48: `sys.exit(0)` and a failed `%run` passed as a finished notebook, although later cells had not run."
+    with pytest.raises(RuntimeError, match="as far as it ran"): notebook("s = 1", end, "print(s)")
+    assert not (tmp_path / "done.ipynb").exists()
+
+
+def test_figures_are_kept_whatever_the_backend(notebook, monkeypatch):
+    "papermill#278: images were missing in the executed notebook."
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    shown = notebook("s = 1", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);\nplt.show()")[-1].outputs
+    assert [sorted(one.data) for one in shown] == [["image/png", "text/plain"]]
+
+
+def test_an_encoder_pads_on_the_right_and_returns_its_states_by_name(bert, tiny_bert):
+    """transformers#20068: a BERT with padding on the left has other states, as `padding_side` of the tokenizer's config may ask;
+    transformers#45277: with `return_dict: false` in its config a model returned a tuple."""
+    edited(bert, "tokenizer_config.json", padding_side="left", truncation_side="left")
+    edited(bert, "config.json", return_dict=False, output_hidden_states=True)
+    texts = ["Ann went out.", "She took a very long walk in the rain. " * 9]
+    found, asked = (load_encoder(str(folder)) for folder in (bert, tiny_bert))
+    assert found.digest == asked.digest and np.array_equal(embed_texts(found, texts), embed_texts(asked, texts))
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_reads_whole_texts(bert, tiny_bert):
+    "transformers#24179: truncation and padding stand in tokenizer.json, where a call has left them."
+    edited(bert, "tokenizer.json", truncation=dict(direction="Right", max_length=8, strategy="LongestFirst", stride=0),
+           padding=dict(strategy=dict(Fixed=128), direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0, pad_token="[PAD]"))
+    text = "Ann went out and she took a very long walk in the rain."
+    assert load_encoder(str(bert)).tokenizer(text).input_ids == load_encoder(tiny_bert).tokenizer(text).input_ids
+
+
+def run_python(*words, **environment):
+    "Exit code, stdout and stderr of a Python process."
+    run = subprocess.run([sys.executable, *words], env={**os.environ, **environment}, capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_python_without_docstrings_is_refused():
+    "transformers#40659: `python -OO` ends in a traceback."
+    code, _, err = run_python("-m", "latentrefine.command", "plan", PYTHONOPTIMIZE="2", PYTHONPATH=str(ROOT))
+    assert code == 2 and "PYTHONOPTIMIZE=2" in err and "unset it" in err and "Traceback" not in err, err
+
+
+def test_a_broken_framework_beside_pytorch_changes_nothing(tmp_path):
+    "POT#865: the import of POT ended with that of another framework, in an error other than ImportError."
+    for name in ("jax", "tensorflow", "cupy"): (tmp_path / f"{name}.py").write_text("raise OSError('lib.so: cannot open')")
+    code, said, err = run_python("-c", "from latentrefine.transport import *; print(transport_name())", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert code == 0 and said == "Sinkhorn\n", err
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e25, float("inf"), float("nan")])
+def test_huge_clouds_have_no_distance_of_zero(scale):
+    "POT#229: large costs made the plan wrong; here they made the loss 0."
+    x = torch.arange(40.).reshape(5, 8)
+    with pytest.raises(ValueError, match="not finite"): sinkhorn_divergence(x * scale, (x + 1) * scale)
+    assert sinkhorn_divergence(x, x + 1) > 0
+
+
+def test_clouds_of_any_sizes_have_a_distance():
+    "POT#190 and POT#342: for some sizes, or weights in single precision, there was no plan."
+    x = torch.randn(960, 4, generator=torch.Generator().manual_seed(0))
+    for size in (1, 2, 3, 5, 7, 49): assert 0 <= sinkhorn_divergence(x[:size] + 9, x) <= 1.1
+
+
+def test_mauve_says_nothing(capfd):
+    "mauve#4: a warning of its clustering about too few points, on the error stream of the process."
+    rows = np.random.default_rng(0).normal(size=(100, 8))
+    assert abs(mauve_score(rows, rows, seeds=1)["mauve"] - 1) < 1e-9 and capfd.readouterr() == ("", "")
+
+
+def test_a_failure_of_the_engine_is_told(tiny_preset, tmp_path):
+    "What Snakemake says of an option that it does not know, or of a profile that is not there (snakemake#3994)."
+    words = ("reproduce", "stories", "--preset", tiny_preset, "--out", tmp_path / "o", "--")
+    refused(*words, "--no-such-option", says=["no-such-option", "study.log"])
+    refused(*words, "--profile", "nosuch", says=["profile", "nosuch", "study.log"])
 
 
 # The doctor
