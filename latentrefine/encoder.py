@@ -307,7 +307,7 @@ def write_clean_hidden(encoder, batch, path, shape, size, last):
             slots = part.prompt_ids, part.prompt_mask, part.target_ids, part.target_mask
             if last is None: states = encoder.hidden(*slots)
             else:
-                known = torch.from_numpy(last[number * size:(number + 1) * size]).float().to(device())
+                known = torch.from_numpy(last[number * size:(number + 1) * size].astype("f4")).to(device())
                 states = mixed_states(encoder, known, torch.cat(slots[::2], 1), torch.cat(slots[1::2], 1))
             file.write(states.cpu().numpy().astype("<f2").tobytes())
         raw.write(file.digest.digest())

@@ -18,12 +18,13 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from latentrefine.core import ROOT, StudyError, writing
+from latentrefine.doctor import check_memory, check_time, memory_of, models_due, operations_of
 from latentrefine.encoder import embed_texts, load_encoder
 from latentrefine.evaluation import unseen_stories
 from latentrefine.measure import check_rows, recorded_digest
 from latentrefine.notebooks import check_parameters, run_notebook
 from latentrefine.presets import load_preset
-from latentrefine.registry import load_chapters
+from latentrefine.registry import load_chapters, models_of
 from latentrefine.report import markdown_of
 from latentrefine.stories import read_stories
 from latentrefine.study import TRAINED_ON, Study
@@ -100,6 +101,47 @@ def test_numbers_that_no_machine_holds(tiny_preset, trained, tmp_path):
     with pytest.raises(StudyError, match="at most 100,000"): read_stories("embedded", 10 ** 8)
     for text in ("training.prior.lr=.nan", "training.prior.lr=.inf", "sizes.cosmos.eta=.nan", "sizes.flow.depth=1e99"):
         with pytest.raises(StudyError): load_preset(tiny_preset, [text])
+
+
+def test_training_that_no_memory_holds_is_refused_before_it_starts(tiny_preset, tmp_path, monkeypatch):
+    "The message names the need, what is free and a remedy, which works."
+    words = ("--preset", tiny_preset, "--out", tmp_path / "o")
+    refused("reproduce", "prior-32-shared", "sizes.prior.inner=1000000000", *words, says=["training prior-32-shared", "953.7 GiB of memory", "are free", "lower its sizes"])
+    assert not (tmp_path / "o" / "models").exists()
+    study = Study(tiny_preset, out=str(tmp_path / "o"))
+    models = [model for model in models_of(study.preset).values() if model.name.startswith("autoencoder")]
+    most = max(memory_of(study, model) for model in models)
+    monkeypatch.setattr("latentrefine.doctor.memory_there", lambda: 1.5 * most)
+    with pytest.raises(StudyError, match="autoencoder-.* and autoencoder-.*: at least .* are free; --cores 1"): check_memory(study, models, 2)
+    check_memory(study, models, 1)                                       # the remedy
+    refused("reproduce", "autoencoder-32", "autoencoder-16", "--cores", 2, *words, says=["--cores 1"])
+    monkeypatch.setattr("latentrefine.doctor.memory_there", lambda: None)      # a system that does not say
+    check_memory(study, models, 2)
+
+
+def test_training_of_more_than_a_day_is_told(tiny_preset, tmp_path, monkeypatch):
+    "A warning, since the estimate is off by up to a factor of 2.5; nothing where no training is due."
+    study = Study(tiny_preset, out=str(tmp_path), overrides=["training.prior.steps=1000000000", "training.prior.batch=100"])
+    models = models_due(study, ["prior-32-shared-s1337", "stories", "report"])
+    assert [model.name for model in models] == ["prior-32-shared"]
+    with pytest.warns(UserWarning, match="training of 1 models takes about .* days.*fewer steps"): check_time(study, models, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_time(study, [], 2)
+        check_time(Study(tiny_preset, out=str(tmp_path)), models, 2)
+    monkeypatch.setattr("latentrefine.reproduce.reproduce", lambda *given: None)
+    code, _, err = call("reproduce", "prior-32-shared", "training.prior.steps=1000000000", "training.prior.batch=100", "--preset", tiny_preset, "--out", tmp_path)
+    assert code == 0 and "latentrefine: warning: training of" in err, err
+    elsewhere = call("reproduce", "prior-32-shared", "training.prior.steps=1000000000", "--preset", tiny_preset, "--out", tmp_path, "--", "--executor", "slurm")
+    assert elsewhere[0] == 0 and not elsewhere[2], elsewhere
+
+
+@pytest.mark.parametrize("name, minutes", [("gpu", 46), ("gpu-bert", 37), ("paper", 480)])
+def test_the_estimate_of_a_preset_is_about_the_one_in_its_head(name, minutes):
+    "Training at 250 TFLOP/s, all seeds in sequence."
+    study = Study(name, "embedded")
+    models = [model for model in models_of(study.preset).values() for _ in range(1 if model.first_seed or model.shared else study.seeds)]
+    assert .5 < sum(operations_of(study, model) for model in models) / 250e12 / 60 / minutes < 3
 
 
 # Text
