@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .core import ROOT, StudyError, write_text
+from .core import OF_THIS_STUDY, ROOT, StudyError, write_text
 from .measure import code_cells, code_digest, digest_of, nodes_for, published_named, results
 from .measure import imports_of, results_of, settings_digest, systems_of
 from .notebooks import NOTEBOOKS, lock, run_node, stale_because, write_mark
@@ -330,9 +330,10 @@ def render(study, names=()):
             spec = spec_of(study, graph[name])
             del spec["mark"]
             try: run_node(**spec)
-            except RuntimeError as error:
-                raise StudyError(f"{name}: its rows lack what its notebook shows ({error}); "
-                                 f"measure it again with: latentrefine reproduce {name}") from error
+            except (StudyError, RuntimeError) as error:
+                if OF_THIS_STUDY in str(error): raise
+                raise StudyError(f"{name}: its rows lack what its notebook shows ({error}); measure it "
+                                 f"again with: latentrefine reproduce {name}{OF_THIS_STUDY}") from error
         shown = list(results_of(study.preset).values())
         write_page(study.out, f"latentrefine, preset {study.preset_name}", shown)
     finally: del os.environ["LATENTREFINE_RENDER_ONLY"]

@@ -1,4 +1,5 @@
 "Situations in which something wrong once passed in silence or ended in a traceback, and what must happen in each."
+import ast
 import json
 import os
 import re
@@ -17,19 +18,21 @@ from commands import as_file, as_lines, call, refused, write_preset
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from latentrefine.core import ROOT, StudyError, writing
+from latentrefine.core import OF_THIS_STUDY, ROOT, StudyError, load_rows, writing
 from latentrefine.doctor import check_memory, check_time, memory_of, models_due, operations_of
 from latentrefine.encoder import embed_texts, load_encoder
 from latentrefine.evaluation import unseen_stories
-from latentrefine.measure import check_rows, recorded_digest
+from latentrefine.measure import check_rows, recorded_digest, results
 from latentrefine.notebooks import check_parameters, run_notebook
+from latentrefine.page import write_page
 from latentrefine.presets import load_preset
 from latentrefine.registry import load_chapters, models_of
 from latentrefine.report import markdown_of
+from latentrefine.reproduce import render
 from latentrefine.stories import read_stories
-from latentrefine.study import TRAINED_ON, Study
+from latentrefine.study import TRAINED_ON, Study, trained_on
 from latentrefine.textmetrics import mauve_score
-from latentrefine.training import load_weights, read_model, save_model
+from latentrefine.training import load_weights, model_digest, read_model, save_model
 from latentrefine.transport import sinkhorn_divergence
 
 load_chapters()
@@ -260,7 +263,39 @@ def test_models_with_nan_or_without_a_tensor_are_neither_saved_nor_read(tmp_path
 def test_no_advice_deletes_what_the_study_did_not_make(trained, tiny_bert):
     "One's own saved system with another encoder: what differs is named."
     with pytest.raises(StudyError) as error: read_model(trained.model("autoencoder-32"), encoder_digest="0" * 64)
-    assert "encoder_digest is" in str(error.value) and "delete" not in str(error.value)
+    assert "encoder_digest is" in str(error.value)
+
+
+def messages():
+    "(module, function, source) of each error, warning and remedy of the package: its texts, with what they insert in braces."
+    for path in sorted((ROOT / "latentrefine").rglob("*.py")):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            inner = {part for node in ast.walk(function) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+            inner -= {node for node in inner if isinstance(node, ast.JoinedStr)}
+            for node in ast.walk(function):
+                if node in inner: continue
+                if isinstance(node, ast.JoinedStr): text = ast.unparse(node)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str): text = node.value
+                else: continue
+                if text != ast.get_docstring(function, clean=False): yield path.stem, function.name, text
+
+
+def test_no_message_advises_to_delete():
+    "Neither a folder nor a file: what the study can make again it makes again, and what it did not make is not its own."
+    said = [message for message in messages() if re.search(r"(?i)\\b(delete|remove|erase|rm)\\b (it|the|this|that|them|-r|\\{|/)", message[2])]
+    assert not said and len(list(messages())) > 500, said
+
+
+def test_a_model_without_guidance_is_trained_again(trained):
+    folder = trained.model("cola")
+    whole = {path: path.read_bytes() for path in (folder / "config.json", folder / "model.safetensors")}
+    config, _ = read_model(folder)
+    config = {name: value for name, value in config.items() if name != "guidance"}
+    try:
+        (folder / "config.json").write_text(json.dumps({**config, "sha256": model_digest(folder, config)}))
+        with pytest.raises(StudyError, match="no guidance scale was chosen for it; train it with: latentrefine reproduce cola-s1337"): trained.open("Cola DLM")
+    finally:
+        for path, data in whole.items(): path.write_bytes(data)
 
 
 def test_rows_changed_by_hand_are_measured_again(tmp_path):
@@ -283,23 +318,93 @@ def follow(message):
     command = re.search(r"latentrefine (reproduce .*)$", message, re.M)
     assert command, message
     code, said, err = call(*shlex.split(command[1]))
-    assert code == 0 and "made in" in said, (command[1], err)
+    assert code == 0 and re.search("made in|up to date", said), (command[1], err)
 
 
 def test_remedies_lead_to_success(tiny_preset, tmp_path):
-    "A missing model, a damaged one, and a missing list of the training stories, in a folder whose name needs quotes."
+    """A missing model, a damaged one, and a missing list of the training stories, in a folder whose name needs quotes. The stories of
+    an evaluation are not those that the remedy trains on."""
     preset, out = shutil.copy(tiny_preset, tmp_path / "my tiny.yaml"), tmp_path / "o {a} 'b' \u00e9"
     words = ("--preset", preset, "--out", out, "--system", "no-op")
     refine = ("refine", "--prompt", "Ann went out.", "--draft", "she got wet.", *words)
-    follow(refused(*refine, says=["autoencoder-32"]))
+    evaluate = ("evaluate", "--stories", as_lines(tmp_path / "s.jsonl", [line_of(*STORY)]), *words)
+    follow(refused(*evaluate, says=["autoencoder-32"]))
     assert call(*refine)[0] == 0
     weights = out / "models" / "autoencoder-32-s1337" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     (out / TRAINED_ON).unlink()
     follow(refused(*refine, says=["autoencoder-32", "changed since"]))
     assert call(*refine)[0] == 0
-    given = as_lines(tmp_path / "s.jsonl", [line_of(*STORY)])
-    assert call("evaluate", "--stories", given, *words)[0] == 0          # the stories were due as well, and are there again
+    assert call(*evaluate)[0] == 0                                       # the stories were due as well, and are there again
+
+
+def told_by(call_it):
+    "The message of the StudyError that a call must raise."
+    with pytest.raises(StudyError) as error: call_it()
+    return str(error.value)
+
+
+def lost_rows(study): (study.out / "tables/stories.json").unlink(); return lambda: load_rows(study.out / "tables/stories.json")
+def damaged_rows(study): (study.out / "tables/stories.json").write_text("{"); return lambda: load_rows(study.out / "tables/stories.json")
+def lost_list(study): (study.out / TRAINED_ON).unlink(); return lambda: trained_on(study)
+def damaged_answer(study): (study.out / "answers/stories.json").write_text("{"); return lambda: write_page(study.out, "t", [results()["stories"]])
+def lost_model(study): return lambda: read_model(study.model("autoencoder-32"))
+
+
+def lost_encoder(study):
+    (study.out / "models/encoder/config.json").unlink()
+    return lambda: Study(study.preset_path, out=str(study.out)).encoder
+
+
+def changed_rows(study):
+    (study.out / "tables/stories.csv").write_text("a\n1\n")
+    return lambda: check_rows(study.out / "tables/stories.json")
+
+
+def narrow_rows(study):
+    "Rows of a time before they carried a digest, without the columns that the notebook shows."
+    path = study.out / "tables/stories.json"
+    path.write_text(json.dumps([{name: value for name, value in row.items() if name != "content"} for row in load_rows(path)]))
+    path.with_suffix(".csv").write_text("a\n1\n")
+    return lambda: render(study, ["stories"])
+
+
+SITUATIONS = {("core", "load_rows"): (lost_rows, damaged_rows), ("study", "trained_on"): (lost_list,), ("page", "load_json"): (damaged_answer,),
+              ("training", "remedy_for"): (lost_encoder, lost_model), ("measure", "check_rows"): (changed_rows,), ("reproduce", "render"): (narrow_rows,)}
+TOGETHER = [(lost_rows, lost_list, damaged_answer), (damaged_rows, lost_encoder, lost_model), (changed_rows,), (narrow_rows,)]
+OF_ALL = {("compare", "compare"), ("compare", "publish")}      # name no target: followed on the whole graph in test_study.py
+IN_COMMAND = {("command", "do_tables")}                          # followed below
+
+
+def test_every_remedy_that_names_a_command_is_followed():
+    "Each says which study it is of, so that the command line can complete it, and has a situation here."
+    told = [message for message in messages() if "latentrefine reproduce" in re.sub(r"['\"]\s+f?['\"]", "", message[2])]
+    assert {message[:2] for message in told} == {*SITUATIONS, *OF_ALL, *IN_COMMAND}
+    assert all("{OF_THIS_STUDY}" in text for *_, text in told), told
+    assert {one for listed in TOGETHER for one in listed} == {one for listed in SITUATIONS.values() for one in listed}
+
+
+@pytest.mark.parametrize("situations", TOGETHER, ids=lambda listed: listed[0].__name__)
+def test_a_remedy_is_followed(told_study, situations):
+    attempts = [situation(told_study) for situation in situations]
+    for message in dict.fromkeys(map(told_by, attempts)): follow(message.replace(OF_THIS_STUDY, f" --preset {told_study.preset_path} --out {told_study.out}"))
+    for attempt in attempts: attempt()
+
+
+@pytest.fixture(scope="module")
+def told_study(tiny_preset, tmp_path_factory):
+    "A study with an encoder of its own, its stories told."
+    preset = write_preset(tmp_path_factory.mktemp("own") / "tiny.yaml", tiny_preset, encoder="in-domain", dropouts=[.05])
+    study = Study(str(preset), out=str(tmp_path_factory.mktemp("told")))
+    assert call("reproduce", "stories", "--preset", preset, "--out", study.out)[0] == 0
+    return study
+
+
+def test_tables_that_are_not_there_are_made(tiny_preset, tmp_path):
+    words = ("tables", "stories", "--preset", tiny_preset, "--out", tmp_path)
+    follow(refused(*words, says=["no tables", "reproduce stories"]))
+    assert call(*words)[0] == 0
+    assert "reproduce --preset" in refused("tables", "--preset", tiny_preset, "--out", tmp_path / "none", says=["no tables"])
 
 
 # Environments

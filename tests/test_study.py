@@ -205,7 +205,9 @@ def test_a_run_is_compared_with_another(whole, tmp_path):
     assert code == 1 and f"{int(whole_count[1]) - 1} of {whole_count[1]}" in said and "table3" in said
     refused(*given, out, says=["the run itself", "--with"])
     refused("reproduce", "--preset", preset, "--out", out, "--group", "all", says=["--group all", "peers"])
-    refused("publish", "--preset", preset, "--out", tmp_path, says=["not finished"])
+    remedy = f"latentrefine reproduce --preset {preset} --out"      # what the whole graph was made with
+    assert remedy in refused("publish", "--preset", preset, "--out", tmp_path, says=["not finished"])
+    assert remedy in refused(*given, tmp_path / "none", says=["no result in common"])
 
 
 # Measuring and telling
