@@ -88,7 +88,50 @@ def test_two_files_of_one_name(trained, words, tmp_path):
     assert len(set(written)) == 2
 
 
+def test_what_is_written_replaces_neither_a_device_nor_an_input(tiny_preset, words, tmp_path):
+    "Writing to /dev/null would have made it a file, reading /dev/zero not have ended; a page took the place of the drafts."
+    drafts = as_lines(tmp_path / "d.jsonl", [dict(prompt="A.", draft="b.")])
+    for device in ("/dev/null", "/dev/full", "/dev/zero"):
+        refused("refine", *words, "--drafts", drafts, "--write", device, says=["no regular file"])
+        refused("refine", *words, "--drafts", drafts, "--html", device, says=["no regular file"])
+    (tmp_path / "link").symlink_to(drafts)
+    for name in (drafts, tmp_path / "link"): refused("refine", *words, "--drafts", drafts, "--html", name, says=["is the file of --drafts"])
+    refused("refine", *words, "--drafts", drafts, "--write", tmp_path / "a", "--html", tmp_path / "a", says=["is the file of"])
+    refused("benchmark", "--stories", drafts, "--write", drafts, "--preset", tiny_preset, says=["is the file of --stories"])
+    assert json.loads(drafts.read_text()) == dict(prompt="A.", draft="b.") and Path("/dev/null").is_char_device()
+
+
+def test_inputs_that_are_not_there_are_told_before_anything_runs(tiny_preset, tmp_path):
+    for given in ("stories=/nonexistent.csv", f"stories={tmp_path}", "gpt2=/nonexistent", "gpt2=./no", "encoder=/nonexistent", "encoder=''"):
+        for command in ("plan", "reproduce"): refused(command, given, "--preset", tiny_preset, "--out", tmp_path / "o", says=["check the path", "no such"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_own_system_that_ends_the_program_or_returns_no_text(words, tmp_path):
+    "`sys.exit` in it ended the command without a word; half a character ended in a traceback."
+    given = as_lines(tmp_path / "s.jsonl", [line_of(*STORY)])
+    body = "class Own:\n    def refine(self, prompts, drafts, seed): {}\ndef build(): {}\n"
+    for number, (refine, build, says) in enumerate([("return drafts", "raise SystemExit(3)", "sys.exit(3)"), ("raise SystemExit", "return Own()", "sys.exit(None)"),
+                                                    ("return ['\\ud800' for _ in drafts]", "return Own()", "half a character")]):
+        (tmp_path / f"own{number}.py").write_text(body.format(refine, build))
+        refused("evaluate", *words, "--stories", given, "--system", f"{tmp_path / f'own{number}.py'}:build", says=[says])
+
+
 # Numbers
+
+def test_numbers_are_read_in_base_10_and_fields_given_once(tiny_preset, tmp_path):
+    "PyYAML reads 0100 as 64 and 1:30 as 90; of two overrides of a field the last won."
+    for value in ("0100", "1:30", "-017", "1:30.5"):
+        with pytest.raises(StudyError): load_preset(tiny_preset, [f"training.prior.steps={value}"])
+        with pytest.raises(StudyError, match="base 10"): load_preset(str(write_text_of(tmp_path, f"extends: quick\nlimit: {value}\n")))
+    assert load_preset(tiny_preset, ["training.prior.steps=100", "training.prior.lr=0.01"]).training["prior"]["steps"] == 100
+    refused("plan", "limit=100", "limit=200", "--preset", tiny_preset, says=["limit: given twice"])
+
+
+def write_text_of(folder, text):
+    (folder / "mine.yaml").write_text(text)
+    return folder / "mine.yaml"
+
 
 @pytest.mark.parametrize("option, value", [("--seed", -1), ("--seed", 10 ** 30), ("--seeds", 10 ** 9), ("--limit", 10 ** 30), ("--limit", 0)])
 def test_a_number_out_of_its_range(words, option, value):
