@@ -170,8 +170,8 @@ def growth(stories, counts=(5_000, 20_000, 45_000)):
     "Seconds and peak memory (MiB) of reading `counts` stories of a file, one process each; on Linux."
     rows = []
     for count in counts:
-        run = subprocess.run([sys.executable, "-c", READ, str(stories), str(count)], capture_output=True,
-                             text=True, check=True)
+        command = [sys.executable, "-P", "-c", READ, str(stories), str(count)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
         found, seconds, memory = map(float, run.stdout.split()[-3:])
         rows.append(dict(stories=int(found), seconds=round(seconds, 1), peak_mib=round(memory)))
     return pd.DataFrame(rows)

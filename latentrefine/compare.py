@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import StudyError, load_rows
+from .core import OF_THIS_STUDY, StudyError, load_rows
 
 # %% ../nbs/63_compare.ipynb #c05
 SETTINGS = ("width", "dropout", "steps", "share", "latents", "training_stories", "leave", "batch", "sigma",
@@ -84,7 +84,8 @@ def compare(committed, mine):
     names = [path.stem for path in sorted((committed / "tables").glob("*.csv"))]
     shared = [name for name in names if (mine / "tables" / f"{name}.json").exists()]
     if not shared:
-        raise StudyError(f"{mine} and {committed}: no result in common; run latentrefine reproduce first")
+        raise StudyError(f"{mine} and {committed}: no result in common; make them with: latentrefine "
+                         f"reproduce{OF_THIS_STUDY}")
     return pd.DataFrame([line for name in shared for line in compared_result(name, committed, mine)])
 
 
@@ -123,7 +124,9 @@ def publish(run, target, missing=()):
 
     missing: names of results that the run has not. StudyError for an unfinished or a mixed run."""
     run, target = Path(run), Path(target)
-    if missing: raise StudyError(f"{run}: not finished ({', '.join(missing)}); run latentrefine reproduce")
+    if missing:
+        raise StudyError(f"{run}: not finished ({', '.join(missing)}); finish it with: latentrefine "
+                         f"reproduce{OF_THIS_STUDY}")
     if mixed := mixed_facts(run):
         raise StudyError(f"{run}: its rows mix {mixed}; make the run again in an empty folder")
     if dirty_commit(run):

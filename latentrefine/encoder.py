@@ -90,8 +90,8 @@ def read_encoder(name):
     options = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     try:
         check_model_type(name, folder)
-        whole, notes = BertForMaskedLM.from_pretrained(folder, **options)
-        tokenizer = BertTokenizerFast.from_pretrained(folder)
+        whole, notes = BertForMaskedLM.from_pretrained(folder, return_dict=True, **options)
+        tokenizer = BertTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
     except StudyError: raise
     except Exception as error:  # transformers raises many types here; each means that the name cannot be read
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
@@ -307,7 +307,7 @@ def write_clean_hidden(encoder, batch, path, shape, size, last):
             slots = part.prompt_ids, part.prompt_mask, part.target_ids, part.target_mask
             if last is None: states = encoder.hidden(*slots)
             else:
-                known = torch.from_numpy(last[number * size:(number + 1) * size]).float().to(device())
+                known = torch.from_numpy(last[number * size:(number + 1) * size].astype("f4")).to(device())
                 states = mixed_states(encoder, known, torch.cat(slots[::2], 1), torch.cat(slots[1::2], 1))
             file.write(states.cpu().numpy().astype("<f2").tobytes())
         raw.write(file.digest.digest())

@@ -69,6 +69,8 @@ def scored_texts(study, system, prompts, drafts, targets, seed):
     began = time.monotonic()
     found = run_system(system, prompts, drafts, seed)
     seconds = time.monotonic() - began
+    if any(re.search(r"[\ud800-\udfff]", text) for text in found.texts):
+        raise StudyError("the system's refine returned half a character; return texts that UTF-8 can hold")
     values = text_scores(found.texts, drafts, targets, study.tokenizer)
     values |= dict(n=len(drafts), ms_per_sample=1000 * seconds / len(drafts),
                    **perplexity_of(study, prompts, found.texts))

@@ -268,12 +268,13 @@ def finding_of(result, answer, title):
                 label=headline.get("label", ""), interval="[" in value)
 
 # %% ../nbs/64_page.ipynb #c40
-def load_json(path):
-    "The content of a JSON file, or None if there is no such file; StudyError if it is damaged."
+def load_json(path, made_by=""):
+    """The content of a JSON file, or None if there is no such file; StudyError if it is damaged.
+    `made_by`: the result that writes it, if it does not bear its name."""
     if not path.exists(): return None
     try: return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        remedy = f"make it again with: latentrefine reproduce {path.stem}{OF_THIS_STUDY}"
+        remedy = f"make it again with: latentrefine reproduce {made_by or path.stem}{OF_THIS_STUDY}"
         raise StudyError(f"{path}: not JSON ({error}); {remedy}") from error
 
 # %% ../nbs/64_page.ipynb #c41
@@ -388,7 +389,7 @@ def write_page(folder, title, results, columns=None):
     `results`: dicts with `name` and perhaps `title` and `question`, in the order of the page (results.yaml).
     `columns`: the content of columns.yaml. StudyError for a file that is not JSON."""
     folder, columns = Path(folder), columns or load_columns()
-    samples = sample_stories(load_json(folder / "samples_coloured.json") or [])
+    samples = sample_stories(load_json(folder / "samples_coloured.json", "table6") or [])
     for limit, width in PAGE_LIMITS:
         sections = [section_of(folder, result, columns, limit, width) for result in results]
         sections = [section for section in sections if section]

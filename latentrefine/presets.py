@@ -176,6 +176,15 @@ class Unique(yaml.SafeLoader):
         if twice: raise yaml.YAMLError(f"{', '.join(map(str, sorted(twice)))} stands there twice")
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node):
+        "An int or float; PyYAML reads 0100 as 64 and 1:30 as 90."
+        if re.search(r":|^[-+]?0[0-9_]", node.value):
+            raise yaml.YAMLError(f"{node.value} is read in base 8 or 60; write the number in base 10")
+        whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+
+
+for kind in ("int", "float"): Unique.add_constructor(f"tag:yaml.org,2002:{kind}", Unique.construct_number)
 
 NO_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)    # what PyYAML raises
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")       # PyYAML alone reads 1e-3 as a text

@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FILES', 'READING', 'TOLD_BY', 'SHOWN_BY', 'MEMORY', 'DRY_RUN', 'Node', 'model_nodes', 'result_key', 'texts_of',
            'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'stale_nodes', 'plan_of',
            'engine', 'marks_kept', 'own_cache', 'due_nodes', 'follow', 'running_steps', 'targets_of', 'reproduce',
-           'stop', 'render']
+           'last_error', 'stop', 'render']
 
 # %% ../nbs/67_reproduce.ipynb #c02
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .core import ROOT, StudyError, write_text
+from .core import OF_THIS_STUDY, ROOT, StudyError, write_text
 from .measure import code_cells, code_digest, digest_of, nodes_for, published_named, results
 from .measure import imports_of, results_of, settings_digest, systems_of
 from .notebooks import NOTEBOOKS, lock, run_node, stale_because, write_mark
@@ -204,8 +204,9 @@ def engine(study, targets, cores, more=()):
     jobs = [] if {"-j", "--jobs", "--cores", "-c"} & set(more) else ["--cores", str(cores)]
     long = [node.done for node in asked if results().get(node.name, {}).get("long")]
     prioritize = ["--prioritize", *long] if long else []
-    return [sys.executable, "-m", "snakemake", "--snakefile", str(NOTEBOOKS / "Snakefile"), "--directory",
-            str(study.out), *jobs,
+    profile = [] if "--workflow-profile" in more else ["--workflow-profile", "none"]     # none of the folder
+    return [sys.executable, "-P", "-m", "snakemake", "--snakefile", str(NOTEBOOKS / "Snakefile"),
+            "--directory", str(study.out), *jobs, *profile,
             "--configfile", str(plan), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime",
             "params", "input", *prioritize, *more]
 
@@ -227,8 +228,10 @@ def marks_kept(study):
 
 
 def own_cache(study, environment):
-    "An environment in which Snakemake keeps its cache in the output folder: HOME may not be writable."
-    return {**environment, "XDG_CACHE_HOME": str(study.out / ".snakemake" / "cache")}
+    """An environment in which Snakemake keeps its cache in the output folder, since HOME may not be
+    writable, and takes options from its command alone."""
+    kept = {name: value for name, value in environment.items() if name != "SNAKEMAKE_PROFILE"}
+    return {**kept, "XDG_CACHE_HOME": str(study.out / ".snakemake" / "cache")}
 
 # %% ../nbs/67_reproduce.ipynb #c22
 def due_nodes(study, targets):
@@ -293,11 +296,17 @@ def reproduce(study, names, cores, more=()):
                 raise
     if process.returncode:
         reasons = dict.fromkeys(re.findall(r"^latentrefine: error: (.*)$", text, re.M))
-        raise StudyError("\n".join(reasons) or f"the study stopped; the reason is in {log}")
+        raise StudyError("\n".join(reasons) or f"the study stopped{last_error(text)}; the reason is in {log}")
     shutil.rmtree(study.out / DRAFT_STATES, ignore_errors=True)
     return None if "Nothing to be done" in text else time.monotonic() - began
 
 # %% ../nbs/67_reproduce.ipynb #c26
+def last_error(text):
+    "The last line of a log that names an error, in brackets, or nothing."
+    found = re.findall(r"^(?:\S+: )?\w*[Ee]rror: \S.*$", text, re.M)
+    return f" ({found[-1][:200]})" if found else ""
+
+
 def stop(process):
     "Interrupt a Snakemake process; kill it if it has not ended after 30 seconds."
     process.send_signal(signal.SIGINT)
@@ -321,9 +330,10 @@ def render(study, names=()):
             spec = spec_of(study, graph[name])
             del spec["mark"]
             try: run_node(**spec)
-            except RuntimeError as error:
-                raise StudyError(f"{name}: its rows lack what its notebook shows ({error}); "
-                                 f"measure it again with: latentrefine reproduce {name}") from error
+            except (StudyError, RuntimeError) as error:
+                if OF_THIS_STUDY in str(error): raise
+                raise StudyError(f"{name}: its rows lack what its notebook shows ({error}); measure it "
+                                 f"again with: latentrefine reproduce {name}{OF_THIS_STUDY}") from error
         shown = list(results_of(study.preset).values())
         write_page(study.out, f"latentrefine, preset {study.preset_name}", shown)
     finally: del os.environ["LATENTREFINE_RENDER_ONLY"]

@@ -31,7 +31,7 @@ from .encoder import read_encoder
 from .presets import load_preset
 from .registry import entry_of
 from .stories import read_stories, slot_stories, split_stories, text_hash, words
-from .training import Training
+from .training import Training, remedy_for
 
 # %% ../nbs/61_study.ipynb #c05
 SOURCES = ("embedded", "rocstories")     # names of stories that are not files
@@ -76,9 +76,7 @@ def open_encoder(study):
     "The frozen encoder of a study; StudyError if it is absent or of another width than the preset's."
     name, own = study.preset.encoder, study.out / "models" / "encoder"
     if name == IN_DOMAIN and not (own / "config.json").exists():
-        raise StudyError(f"model encoder: not found in {own.parent}; train it with: latentrefine reproduce "
-                         "encoder "
-                         "(and the --preset and --out of this study)")
+        raise StudyError(f"model encoder: not found in {own.parent}; {remedy_for(own)}")
     place = own if name == IN_DOMAIN else ROOT / name
     encoder = load_encoder(str(place) if place.is_dir() else name, study.precision)
     if study.full != encoder.width:

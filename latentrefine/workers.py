@@ -69,8 +69,9 @@ def workers(output=None):
     with tempfile.TemporaryDirectory(prefix="latentrefine-") as folder:      # a socket's path has 108 bytes
         place = Path(folder, "socket")
         code = f"from latentrefine.workers import serve; serve({str(place)!r})"
-        server = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **MALLOC}, stdout=output,
-                                  stderr=output and subprocess.STDOUT, preexec_fn=die_with_parent)
+        server = subprocess.Popen([sys.executable, "-P", "-c", code], env={**os.environ, **MALLOC},
+                                  stdout=output, stderr=output and subprocess.STDOUT,
+                                  preexec_fn=die_with_parent)
         try:
             while not place.exists() and server.poll() is None: time.sleep(.02)
             yield {**os.environ, **MALLOC, PLACE: str(place)}

@@ -1,4 +1,5 @@
 "Situations in which something wrong once passed in silence or ended in a traceback, and what must happen in each."
+import ast
 import json
 import os
 import re
@@ -9,22 +10,30 @@ import sys
 import warnings
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
 import torch
 from commands import as_file, as_lines, call, refused, write_preset
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from latentrefine.core import ROOT, StudyError, writing
-from latentrefine.encoder import load_encoder
+from latentrefine.core import OF_THIS_STUDY, ROOT, StudyError, load_rows, writing
+from latentrefine.doctor import check_memory, check_time, memory_of, models_due, operations_of
+from latentrefine.encoder import embed_texts, load_encoder
 from latentrefine.evaluation import unseen_stories
-from latentrefine.measure import check_rows, recorded_digest
+from latentrefine.measure import check_rows, recorded_digest, results
+from latentrefine.notebooks import check_parameters, run_notebook
+from latentrefine.page import write_page
 from latentrefine.presets import load_preset
-from latentrefine.registry import load_chapters
+from latentrefine.registry import load_chapters, models_of
 from latentrefine.report import markdown_of
+from latentrefine.reproduce import render
 from latentrefine.stories import read_stories
-from latentrefine.study import TRAINED_ON, Study
-from latentrefine.training import load_weights, read_model, save_model
+from latentrefine.study import TRAINED_ON, Study, trained_on
+from latentrefine.textmetrics import mauve_score
+from latentrefine.training import load_weights, model_digest, read_model, save_model
+from latentrefine.transport import sinkhorn_divergence
 
 load_chapters()
 STORY = ("Ann went out.", "It rained.", "She took a cat.", "The cat ran.", "She got wet.")
@@ -79,7 +88,50 @@ def test_two_files_of_one_name(trained, words, tmp_path):
     assert len(set(written)) == 2
 
 
+def test_what_is_written_replaces_neither_a_device_nor_an_input(tiny_preset, words, tmp_path):
+    "Writing to /dev/null would have made it a file, reading /dev/zero not have ended; a page took the place of the drafts."
+    drafts = as_lines(tmp_path / "d.jsonl", [dict(prompt="A.", draft="b.")])
+    for device in ("/dev/null", "/dev/full", "/dev/zero"):
+        refused("refine", *words, "--drafts", drafts, "--write", device, says=["no regular file"])
+        refused("refine", *words, "--drafts", drafts, "--html", device, says=["no regular file"])
+    (tmp_path / "link").symlink_to(drafts)
+    for name in (drafts, tmp_path / "link"): refused("refine", *words, "--drafts", drafts, "--html", name, says=["is the file of --drafts"])
+    refused("refine", *words, "--drafts", drafts, "--write", tmp_path / "a", "--html", tmp_path / "a", says=["is the file of"])
+    refused("benchmark", "--stories", drafts, "--write", drafts, "--preset", tiny_preset, says=["is the file of --stories"])
+    assert json.loads(drafts.read_text()) == dict(prompt="A.", draft="b.") and Path("/dev/null").is_char_device()
+
+
+def test_inputs_that_are_not_there_are_told_before_anything_runs(tiny_preset, tmp_path):
+    for given in ("stories=/nonexistent.csv", f"stories={tmp_path}", "gpt2=/nonexistent", "gpt2=./no", "encoder=/nonexistent", "encoder=''"):
+        for command in ("plan", "reproduce"): refused(command, given, "--preset", tiny_preset, "--out", tmp_path / "o", says=["check the path", "no such"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_own_system_that_ends_the_program_or_returns_no_text(words, tmp_path):
+    "`sys.exit` in it ended the command without a word; half a character ended in a traceback."
+    given = as_lines(tmp_path / "s.jsonl", [line_of(*STORY)])
+    body = "class Own:\n    def refine(self, prompts, drafts, seed): {}\ndef build(): {}\n"
+    for number, (refine, build, says) in enumerate([("return drafts", "raise SystemExit(3)", "sys.exit(3)"), ("raise SystemExit", "return Own()", "sys.exit(None)"),
+                                                    ("return ['\\ud800' for _ in drafts]", "return Own()", "half a character")]):
+        (tmp_path / f"own{number}.py").write_text(body.format(refine, build))
+        refused("evaluate", *words, "--stories", given, "--system", f"{tmp_path / f'own{number}.py'}:build", says=[says])
+
+
 # Numbers
+
+def test_numbers_are_read_in_base_10_and_fields_given_once(tiny_preset, tmp_path):
+    "PyYAML reads 0100 as 64 and 1:30 as 90; of two overrides of a field the last won."
+    for value in ("0100", "1:30", "-017", "1:30.5"):
+        with pytest.raises(StudyError): load_preset(tiny_preset, [f"training.prior.steps={value}"])
+        with pytest.raises(StudyError, match="base 10"): load_preset(str(write_text_of(tmp_path, f"extends: quick\nlimit: {value}\n")))
+    assert load_preset(tiny_preset, ["training.prior.steps=100", "training.prior.lr=0.01"]).training["prior"]["steps"] == 100
+    refused("plan", "limit=100", "limit=200", "--preset", tiny_preset, says=["limit: given twice"])
+
+
+def write_text_of(folder, text):
+    (folder / "mine.yaml").write_text(text)
+    return folder / "mine.yaml"
+
 
 @pytest.mark.parametrize("option, value", [("--seed", -1), ("--seed", 10 ** 30), ("--seeds", 10 ** 9), ("--limit", 10 ** 30), ("--limit", 0)])
 def test_a_number_out_of_its_range(words, option, value):
@@ -95,6 +147,47 @@ def test_numbers_that_no_machine_holds(tiny_preset, trained, tmp_path):
     with pytest.raises(StudyError, match="at most 100,000"): read_stories("embedded", 10 ** 8)
     for text in ("training.prior.lr=.nan", "training.prior.lr=.inf", "sizes.cosmos.eta=.nan", "sizes.flow.depth=1e99"):
         with pytest.raises(StudyError): load_preset(tiny_preset, [text])
+
+
+def test_training_that_no_memory_holds_is_refused_before_it_starts(tiny_preset, tmp_path, monkeypatch):
+    "The message names the need, what is free and a remedy, which works."
+    words = ("--preset", tiny_preset, "--out", tmp_path / "o")
+    refused("reproduce", "prior-32-shared", "sizes.prior.inner=1000000000", *words, says=["training prior-32-shared", "953.7 GiB of memory", "are free", "lower its sizes"])
+    assert not (tmp_path / "o" / "models").exists()
+    study = Study(tiny_preset, out=str(tmp_path / "o"))
+    models = [model for model in models_of(study.preset).values() if model.name.startswith("autoencoder")]
+    most = max(memory_of(study, model) for model in models)
+    monkeypatch.setattr("latentrefine.doctor.memory_there", lambda: 1.5 * most)
+    with pytest.raises(StudyError, match="autoencoder-.* and autoencoder-.*: at least .* are free; --cores 1"): check_memory(study, models, 2)
+    check_memory(study, models, 1)                                       # the remedy
+    refused("reproduce", "autoencoder-32", "autoencoder-16", "--cores", 2, *words, says=["--cores 1"])
+    monkeypatch.setattr("latentrefine.doctor.memory_there", lambda: None)      # a system that does not say
+    check_memory(study, models, 2)
+
+
+def test_training_of_more_than_a_day_is_told(tiny_preset, tmp_path, monkeypatch):
+    "A warning, since the estimate is off by up to a factor of 2.5; nothing where no training is due."
+    study = Study(tiny_preset, out=str(tmp_path), overrides=["training.prior.steps=1000000000", "training.prior.batch=100"])
+    models = models_due(study, ["prior-32-shared-s1337", "stories", "report"])
+    assert [model.name for model in models] == ["prior-32-shared"]
+    with pytest.warns(UserWarning, match="training of 1 models takes about .* days.*fewer steps"): check_time(study, models, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_time(study, [], 2)
+        check_time(Study(tiny_preset, out=str(tmp_path)), models, 2)
+    monkeypatch.setattr("latentrefine.reproduce.reproduce", lambda *given: None)
+    code, _, err = call("reproduce", "prior-32-shared", "training.prior.steps=1000000000", "training.prior.batch=100", "--preset", tiny_preset, "--out", tmp_path)
+    assert code == 0 and "latentrefine: warning: training of" in err, err
+    elsewhere = call("reproduce", "prior-32-shared", "training.prior.steps=1000000000", "--preset", tiny_preset, "--out", tmp_path, "--", "--executor", "slurm")
+    assert elsewhere[0] == 0 and not elsewhere[2], elsewhere
+
+
+@pytest.mark.parametrize("name, minutes", [("gpu", 46), ("gpu-bert", 37), ("paper", 480)])
+def test_the_estimate_of_a_preset_is_about_the_one_in_its_head(name, minutes):
+    "Training at 250 TFLOP/s, all seeds in sequence."
+    study = Study(name, "embedded")
+    models = [model for model in models_of(study.preset).values() for _ in range(1 if model.first_seed or model.shared else study.seeds)]
+    assert .5 < sum(operations_of(study, model) for model in models) / 250e12 / 60 / minutes < 3
 
 
 # Text
@@ -213,7 +306,39 @@ def test_models_with_nan_or_without_a_tensor_are_neither_saved_nor_read(tmp_path
 def test_no_advice_deletes_what_the_study_did_not_make(trained, tiny_bert):
     "One's own saved system with another encoder: what differs is named."
     with pytest.raises(StudyError) as error: read_model(trained.model("autoencoder-32"), encoder_digest="0" * 64)
-    assert "encoder_digest is" in str(error.value) and "delete" not in str(error.value)
+    assert "encoder_digest is" in str(error.value)
+
+
+def messages():
+    "(module, function, source) of each error, warning and remedy of the package: its texts, with what they insert in braces."
+    for path in sorted((ROOT / "latentrefine").rglob("*.py")):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            inner = {part for node in ast.walk(function) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+            inner -= {node for node in inner if isinstance(node, ast.JoinedStr)}
+            for node in ast.walk(function):
+                if node in inner: continue
+                if isinstance(node, ast.JoinedStr): text = ast.unparse(node)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str): text = node.value
+                else: continue
+                if text != ast.get_docstring(function, clean=False): yield path.stem, function.name, text
+
+
+def test_no_message_advises_to_delete():
+    "Neither a folder nor a file: what the study can make again it makes again, and what it did not make is not its own."
+    said = [message for message in messages() if re.search(r"(?i)\\b(delete|remove|erase|rm)\\b (it|the|this|that|them|-r|\\{|/)", message[2])]
+    assert not said and len(list(messages())) > 500, said
+
+
+def test_a_model_without_guidance_is_trained_again(trained):
+    folder = trained.model("cola")
+    whole = {path: path.read_bytes() for path in (folder / "config.json", folder / "model.safetensors")}
+    config, _ = read_model(folder)
+    config = {name: value for name, value in config.items() if name != "guidance"}
+    try:
+        (folder / "config.json").write_text(json.dumps({**config, "sha256": model_digest(folder, config)}))
+        with pytest.raises(StudyError, match="no guidance scale was chosen for it; train it with: latentrefine reproduce cola-s1337"): trained.open("Cola DLM")
+    finally:
+        for path, data in whole.items(): path.write_bytes(data)
 
 
 def test_rows_changed_by_hand_are_measured_again(tmp_path):
@@ -236,23 +361,93 @@ def follow(message):
     command = re.search(r"latentrefine (reproduce .*)$", message, re.M)
     assert command, message
     code, said, err = call(*shlex.split(command[1]))
-    assert code == 0 and "made in" in said, (command[1], err)
+    assert code == 0 and re.search("made in|up to date", said), (command[1], err)
 
 
 def test_remedies_lead_to_success(tiny_preset, tmp_path):
-    "A missing model, a damaged one, and a missing list of the training stories, in a folder whose name needs quotes."
+    """A missing model, a damaged one, and a missing list of the training stories, in a folder whose name needs quotes. The stories of
+    an evaluation are not those that the remedy trains on."""
     preset, out = shutil.copy(tiny_preset, tmp_path / "my tiny.yaml"), tmp_path / "o {a} 'b' \u00e9"
     words = ("--preset", preset, "--out", out, "--system", "no-op")
     refine = ("refine", "--prompt", "Ann went out.", "--draft", "she got wet.", *words)
-    follow(refused(*refine, says=["autoencoder-32"]))
+    evaluate = ("evaluate", "--stories", as_lines(tmp_path / "s.jsonl", [line_of(*STORY)]), *words)
+    follow(refused(*evaluate, says=["autoencoder-32"]))
     assert call(*refine)[0] == 0
     weights = out / "models" / "autoencoder-32-s1337" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     (out / TRAINED_ON).unlink()
     follow(refused(*refine, says=["autoencoder-32", "changed since"]))
     assert call(*refine)[0] == 0
-    given = as_lines(tmp_path / "s.jsonl", [line_of(*STORY)])
-    assert call("evaluate", "--stories", given, *words)[0] == 0          # the stories were due as well, and are there again
+    assert call(*evaluate)[0] == 0                                       # the stories were due as well, and are there again
+
+
+def told_by(call_it):
+    "The message of the StudyError that a call must raise."
+    with pytest.raises(StudyError) as error: call_it()
+    return str(error.value)
+
+
+def lost_rows(study): (study.out / "tables/stories.json").unlink(); return lambda: load_rows(study.out / "tables/stories.json")
+def damaged_rows(study): (study.out / "tables/stories.json").write_text("{"); return lambda: load_rows(study.out / "tables/stories.json")
+def lost_list(study): (study.out / TRAINED_ON).unlink(); return lambda: trained_on(study)
+def damaged_answer(study): (study.out / "answers/stories.json").write_text("{"); return lambda: write_page(study.out, "t", [results()["stories"]])
+def lost_model(study): return lambda: read_model(study.model("autoencoder-32"))
+
+
+def lost_encoder(study):
+    (study.out / "models/encoder/config.json").unlink()
+    return lambda: Study(study.preset_path, out=str(study.out)).encoder
+
+
+def changed_rows(study):
+    (study.out / "tables/stories.csv").write_text("a\n1\n")
+    return lambda: check_rows(study.out / "tables/stories.json")
+
+
+def narrow_rows(study):
+    "Rows of a time before they carried a digest, without the columns that the notebook shows."
+    path = study.out / "tables/stories.json"
+    path.write_text(json.dumps([{name: value for name, value in row.items() if name != "content"} for row in load_rows(path)]))
+    path.with_suffix(".csv").write_text("a\n1\n")
+    return lambda: render(study, ["stories"])
+
+
+SITUATIONS = {("core", "load_rows"): (lost_rows, damaged_rows), ("study", "trained_on"): (lost_list,), ("page", "load_json"): (damaged_answer,),
+              ("training", "remedy_for"): (lost_encoder, lost_model), ("measure", "check_rows"): (changed_rows,), ("reproduce", "render"): (narrow_rows,)}
+TOGETHER = [(lost_rows, lost_list, damaged_answer), (damaged_rows, lost_encoder, lost_model), (changed_rows,), (narrow_rows,)]
+OF_ALL = {("compare", "compare"), ("compare", "publish")}      # name no target: followed on the whole graph in test_study.py
+IN_COMMAND = {("command", "do_tables")}                          # followed below
+
+
+def test_every_remedy_that_names_a_command_is_followed():
+    "Each says which study it is of, so that the command line can complete it, and has a situation here."
+    told = [message for message in messages() if "latentrefine reproduce" in re.sub(r"['\"]\s+f?['\"]", "", message[2])]
+    assert {message[:2] for message in told} == {*SITUATIONS, *OF_ALL, *IN_COMMAND}
+    assert all("{OF_THIS_STUDY}" in text for *_, text in told), told
+    assert {one for listed in TOGETHER for one in listed} == {one for listed in SITUATIONS.values() for one in listed}
+
+
+@pytest.mark.parametrize("situations", TOGETHER, ids=lambda listed: listed[0].__name__)
+def test_a_remedy_is_followed(told_study, situations):
+    attempts = [situation(told_study) for situation in situations]
+    for message in dict.fromkeys(map(told_by, attempts)): follow(message.replace(OF_THIS_STUDY, f" --preset {told_study.preset_path} --out {told_study.out}"))
+    for attempt in attempts: attempt()
+
+
+@pytest.fixture(scope="module")
+def told_study(tiny_preset, tmp_path_factory):
+    "A study with an encoder of its own, its stories told."
+    preset = write_preset(tmp_path_factory.mktemp("own") / "tiny.yaml", tiny_preset, encoder="in-domain", dropouts=[.05])
+    study = Study(str(preset), out=str(tmp_path_factory.mktemp("told")))
+    assert call("reproduce", "stories", "--preset", preset, "--out", study.out)[0] == 0
+    return study
+
+
+def test_tables_that_are_not_there_are_made(tiny_preset, tmp_path):
+    words = ("tables", "stories", "--preset", tiny_preset, "--out", tmp_path)
+    follow(refused(*words, says=["no tables", "reproduce stories"]))
+    assert call(*words)[0] == 0
+    assert "reproduce --preset" in refused("tables", "--preset", tiny_preset, "--out", tmp_path / "none", says=["no tables"])
 
 
 # Environments
@@ -272,22 +467,38 @@ def stale_kernel(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("home", [None, "/proc/1/none"], ids=["no HOME", "HOME that cannot be written"])
-def test_the_same_rows_in_any_environment(checkout, tiny_preset, tmp_path, home):
-    "C locale, a stale kernel, no git, and paths with braces, quotes, spaces and other letters; executed notebooks hold no machine path."
-    out = tmp_path / "o {a} \u00e9"
+def litter(folder):
+    """A folder whose modules bear names of the standard library and of dependencies (transformers#7448), with a default profile of
+    Snakemake for another workflow (snakemake#3994)."""
+    (folder / "datasets").mkdir(parents=True)
+    for name in ("yaml", "random", "torch", "datasets/__init__"): (folder / f"{name}.py").write_text("raise RuntimeError('not yours')")
+    (folder / "profiles" / "default").mkdir(parents=True)
+    (folder / "profiles" / "default" / "config.yaml").write_text("no-such-option: true\n")
+    (folder / "config.yaml").write_text("dry-run: true\n")
+    return folder
+
+
+HOMES = {"no HOME": (None, "table1"), "HOME below a file": ("/proc/1/none", "table1"), "HOME=/": ("/", "stories"),
+         "HOME that cannot be written": ("/proc", "stories")}
+
+
+@pytest.mark.parametrize("home, target", HOMES.values(), ids=HOMES)
+def test_the_same_rows_in_any_environment(checkout, tiny_preset, tmp_path, home, target):
+    """C locale, a stale kernel, no git, a folder with files of others, and paths with braces, quotes, spaces and other letters; executed
+    notebooks hold no machine path. A profile of Snakemake for another workflow (snakemake#1398) changes nothing."""
+    out, folder = tmp_path / "o {a} \u00e9", litter(tmp_path / "cwd")
     (tmp_path / "bin").mkdir()
     for name in ("bash", "sh", "which", "uname", "env"):
         if there := shutil.which(name): (tmp_path / "bin" / name).symlink_to(there)
     environment = dict(PATH=f"{Path(sys.executable).parent}{os.pathsep}{tmp_path / 'bin'}", LC_ALL="C", JUPYTER_PATH=stale_kernel(tmp_path / "jupyter"), PYTHONPATH=str(checkout),
-                       OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+                       OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", SNAKEMAKE_PROFILE=str(folder))
     if home: environment["HOME"] = home
-    command = [sys.executable, "-m", "latentrefine.command", "reproduce", "table1", "--preset", tiny_preset, "--out", str(out), "--cores", "2"]
-    run = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "latentrefine.command", "reproduce", target, "--preset", tiny_preset, "--out", str(out), "--cores", "2"]
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 0 and "made in" in run.stdout, run.stderr + (out / "logs" / "study.log").read_text()[-3000:]
-    rows = json.loads((out / "tables" / "table1.json").read_text())
+    rows = json.loads((out / "tables" / f"{target}.json").read_text())
     assert rows and {row["commit"] for row in rows} == {"unknown"}
-    text = (out / "notebooks" / "table1.ipynb").read_text(encoding="utf-8")
+    text = (out / "notebooks" / f"{target}.ipynb").read_text(encoding="utf-8")
     assert str(checkout) not in text and json.loads(text)["nbformat"] == 4 and "~~" not in text
 
 
@@ -296,6 +507,112 @@ def test_installed_without_its_notebooks(tmp_path):
     shutil.copytree(ROOT / "latentrefine", tmp_path / "latentrefine")
     run = subprocess.run([sys.executable, "-m", "latentrefine.command", "plan"], env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "run latentrefine from a checkout" in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+# Public reports of the tools that the study stands on; those above are of transformers#7448, snakemake#1398 and snakemake#3994
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    "A function that writes a notebook of code cells, the first with the tag `parameters`, runs it and returns its executed cells."
+    monkeypatch.setattr("latentrefine.notebooks.NOTEBOOKS", tmp_path)
+    def run(*cells, **parameters):
+        whole = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in cells])
+        whole.cells[0].metadata.tags = ["parameters"]
+        nbformat.write(whole, tmp_path / "mine.ipynb")
+        run_notebook("mine.ipynb", parameters, tmp_path / "done.ipynb", tmp_path / "log.ipynb")
+        return nbformat.read(tmp_path / "done.ipynb", 4).cells
+    return run
+
+
+@pytest.mark.parametrize("cell", ['s = "a=b"  # papermill#864', 's = ["prior.steps=3"]', 's: Literal["a", "b"] = "b"  # papermill#906', "s = [\n  'a',\n]"])
+def test_a_parameter_with_any_value_is_known(notebook, cell):
+    "papermill#864 and papermill#906: an equals sign in a value, or quotes in an annotation, hid the parameter."
+    assert notebook(f"from typing import Literal\n{cell}", "print(s)", s="c=d")[-1].outputs[0].text == "c=d\n"
+    with pytest.raises(StudyError, match="unknown parameter t; it has s"): notebook(cell, "print(s)", t=1)
+
+
+def test_a_damaged_notebook_is_named(tmp_path):
+    for text in ("", "{}", "[" * 9999, '{"cells": [{"cell_type": "code"}]}'):
+        (tmp_path / "mine.ipynb").write_text(text)
+        with pytest.raises(StudyError, match="mine.ipynb"): check_parameters(tmp_path / "mine.ipynb", {"s": 1})
+
+
+@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "raise SystemExit", "exit()", "%run nosuch.py", "raise KeyboardInterrupt"])
+def test_a_notebook_that_ends_early_is_not_finished(notebook, tmp_path, end):
+    "papermill#536 and nbclient#48: `sys.exit(0)` and a failed `%run` passed as a finished notebook, although later cells had not run."
+    with pytest.raises(RuntimeError, match="as far as it ran"): notebook("s = 1", end, "print(s)")
+    assert not (tmp_path / "done.ipynb").exists()
+
+
+def test_figures_are_kept_whatever_the_backend(notebook, monkeypatch):
+    "papermill#278: images were missing in the executed notebook."
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    shown = notebook("s = 1", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);\nplt.show()")[-1].outputs
+    assert [sorted(one.data) for one in shown] == [["image/png", "text/plain"]]
+
+
+def test_an_encoder_pads_on_the_right_and_returns_its_states_by_name(bert, tiny_bert):
+    """transformers#20068: a BERT with padding on the left has other states, as `padding_side` of the tokenizer's config may ask;
+    transformers#45277: with `return_dict: false` in its config a model returned a tuple."""
+    edited(bert, "tokenizer_config.json", padding_side="left", truncation_side="left")
+    edited(bert, "config.json", return_dict=False, output_hidden_states=True)
+    texts = ["Ann went out.", "She took a very long walk in the rain. " * 9]
+    found, asked = (load_encoder(str(folder)) for folder in (bert, tiny_bert))
+    assert found.digest == asked.digest and np.array_equal(embed_texts(found, texts), embed_texts(asked, texts))
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_reads_whole_texts(bert, tiny_bert):
+    "transformers#24179: truncation and padding stand in tokenizer.json, where a call has left them."
+    edited(bert, "tokenizer.json", truncation=dict(direction="Right", max_length=8, strategy="LongestFirst", stride=0),
+           padding=dict(strategy=dict(Fixed=128), direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0, pad_token="[PAD]"))
+    text = "Ann went out and she took a very long walk in the rain."
+    assert load_encoder(str(bert)).tokenizer(text).input_ids == load_encoder(tiny_bert).tokenizer(text).input_ids
+
+
+def run_python(*words, **environment):
+    "Exit code, stdout and stderr of a Python process."
+    run = subprocess.run([sys.executable, *words], env={**os.environ, **environment}, capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_python_without_docstrings_is_refused():
+    "transformers#40659: `python -OO` ends in a traceback."
+    code, _, err = run_python("-m", "latentrefine.command", "plan", PYTHONOPTIMIZE="2", PYTHONPATH=str(ROOT))
+    assert code == 2 and "PYTHONOPTIMIZE=2" in err and "unset it" in err and "Traceback" not in err, err
+
+
+def test_a_broken_framework_beside_pytorch_changes_nothing(tmp_path):
+    "POT#865: the import of POT ended with that of another framework, in an error other than ImportError."
+    for name in ("jax", "tensorflow", "cupy"): (tmp_path / f"{name}.py").write_text("raise OSError('lib.so: cannot open')")
+    code, said, err = run_python("-c", "from latentrefine.transport import *; print(transport_name())", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert code == 0 and said == "Sinkhorn\n", err
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e25, float("inf"), float("nan")])
+def test_huge_clouds_have_no_distance_of_zero(scale):
+    "POT#229: large costs made the plan wrong; here they made the loss 0."
+    x = torch.arange(40.).reshape(5, 8)
+    with pytest.raises(ValueError, match="not finite"): sinkhorn_divergence(x * scale, (x + 1) * scale)
+    assert sinkhorn_divergence(x, x + 1) > 0
+
+
+def test_clouds_of_any_sizes_have_a_distance():
+    "POT#190 and POT#342: for some sizes, or weights in single precision, there was no plan."
+    x = torch.randn(960, 4, generator=torch.Generator().manual_seed(0))
+    for size in (1, 2, 3, 5, 7, 49): assert 0 <= sinkhorn_divergence(x[:size] + 9, x) <= 1.1
+
+
+def test_mauve_says_nothing(capfd):
+    "mauve#4: a warning of its clustering about too few points, on the error stream of the process."
+    rows = np.random.default_rng(0).normal(size=(100, 8))
+    assert abs(mauve_score(rows, rows, seeds=1)["mauve"] - 1) < 1e-9 and capfd.readouterr() == ("", "")
+
+
+def test_a_failure_of_the_engine_is_told(tiny_preset, tmp_path):
+    "What Snakemake says of an option that it does not know, or of a profile that is not there (snakemake#3994)."
+    words = ("reproduce", "stories", "--preset", tiny_preset, "--out", tmp_path / "o", "--")
+    refused(*words, "--no-such-option", says=["no-such-option", "study.log"])
+    refused(*words, "--profile", "nosuch", says=["profile", "nosuch", "study.log"])
 
 
 # The doctor

@@ -205,7 +205,9 @@ def test_a_run_is_compared_with_another(whole, tmp_path):
     assert code == 1 and f"{int(whole_count[1]) - 1} of {whole_count[1]}" in said and "table3" in said
     refused(*given, out, says=["the run itself", "--with"])
     refused("reproduce", "--preset", preset, "--out", out, "--group", "all", says=["--group all", "peers"])
-    refused("publish", "--preset", preset, "--out", tmp_path, says=["not finished"])
+    remedy = f"latentrefine reproduce --preset {preset} --out"      # what the whole graph was made with
+    assert remedy in refused("publish", "--preset", preset, "--out", tmp_path, says=["not finished"])
+    assert remedy in refused(*given, tmp_path / "none", says=["no result in common"])
 
 
 # Measuring and telling
@@ -398,9 +400,10 @@ def test_two_runs_in_one_folder(tiny_preset, tmp_path):
 
 def test_words_behind_the_dashes_go_to_snakemake(tiny_preset, tmp_path):
     words = ("reproduce", "table1", "--preset", tiny_preset, "--out", tmp_path)
-    code, _, err = call(*words, "--", "--dry-run", "--jobs", "1")
+    code, said, err = call(*words, "--", "--dry-run", "--jobs", "1")
     log = (tmp_path / "logs" / "study.log").read_text()
     assert code == 0 and "This was a dry-run" in log and not (tmp_path / "tables").exists(), err
+    assert "a dry run" in said and "made" not in said
     code, *_ = call(*words, "--", "--no-such-option")
     assert code == 2 and "--no-such-option" in (tmp_path / "logs" / "study.log").read_text()
     refused("tables", "--preset", tiny_preset, "--", "--jobs", "1", says=["words behind --", "reproduce", "tables"])

@@ -81,8 +81,7 @@ def open_cola(study, times=BUDGETS[-1]):
     folder = study.model(budget_name("cola", times))
     nets, config = load_cola(folder), read_model(folder)[0]
     if "guidance" not in config:
-        raise StudyError(f"model {folder}: no guidance scale was chosen for it; delete the folder, then "
-                         f"{remedy_for(folder)}")
+        raise StudyError(f"model {folder}: no guidance scale was chosen for it; {remedy_for(folder)}")
     return Cola(study.encoder, nets, guidance=config["guidance"])
 
 
