@@ -122,7 +122,7 @@ class Axe(Parallel):
         with autocast(self.encoder.precision):
             states, weights = self.net(batch)
             log, filled = filled_slots(self.net.reader, states, batch, weights)
-        return RefineOutput(close_up(log, filled, log_padding(log)), None, 2)
+        return RefineOutput(close_up(log, filled, log_padding(log)), None, 1)
 
 # %% ../../nbs/baselines/52_axe.ipynb #c21
 def open_drafts(batch):

@@ -107,14 +107,16 @@ def edit_round(policies, texts, rows):
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c16
 def decode(policies, batch, kept, rounds=ROUNDS):
-    """The `EditedTexts` of a batch after at most `rounds` rounds from its drafts.
+    """The `EditedTexts` of a batch after at most `rounds` rounds from its drafts; their `rounds` [texts].
 
     `policies(part)` returns what LevenshteinTransformer does. [MASK] of a draft is filled first."""
     texts = EditedTexts(batch, kept)
     rows = torch.arange(len(batch), device=texts.ids.device)
     fill_placeholders(policies, texts, rows[(texts.ids == MASK).any(1)])
+    texts.rounds = torch.zeros_like(texts.passes)
     for _ in range(rounds):
         if not len(rows): break
+        texts.rounds[rows] += 1
         before = texts.ids[rows].clone()
         edit_round(policies, texts, rows)
         rows = rows[(texts.ids[rows] != before).any(1)]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..aligner import known_length
 from .mdlm import (
-    Slots, class_of, initial_slots, observer, predictor)
+    Slots, class_of, initial_slots, observer, padded_behind_end, predictor)
 from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device
 from ..drafts import with_drafts
 from ..systems.klflow import chunk_size
@@ -193,6 +193,7 @@ def length_beams(system, batch):
 def slots_of_length(system, batch, length):
     "`Slots` of texts of `length` [batch]: padding is given behind them, and in the mode START the draft."
     inside = torch.arange(TARGET_SLOTS, device=length.device) < length[:, None]
+    batch = padded_behind_end(batch)
     started = batch.draft_mask & (batch.draft_ids != MASK) & (system.mode == "START")
     return Slots(batch.draft_ids.where(started, PAD), inside & ~started, system.net.reader.kept)
 

@@ -90,7 +90,7 @@ def parallel_output(system, batch):
     with autocast(system.encoder.precision):
         states, weights = system.net(batch)
         logits = system.net.reader.full(states)
-    return RefineOutput(mix_copies(logits, weights, batch.draft_ids), None, 2)
+    return RefineOutput(mix_copies(logits, weights, batch.draft_ids), None, 1)
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c14
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Parallel(TokenSystem):
         return loss, dict(ce=loss.item(), target_probability=probability)
 
     def slot_logits(self, batch, steps=0, seed=0):
-        "RefineOutput of one pass and the reader; `steps` and `seed` are not used."
+        "RefineOutput of one pass; `steps` and `seed` are not used."
         return parallel_output(self, batch.to(device()))
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c21
