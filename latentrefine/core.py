@@ -89,10 +89,13 @@ class Batch:
 # %% ../nbs/00_core.ipynb #c14
 @dataclass(frozen=True)
 class RefineOutput:
-    "The output of a slot-wise system for a batch."
+    """The output of a slot-wise system for a batch.
+
+    A network evaluation is one pass of a network over the slots. The output layer trained with a network is
+    part of its pass; encoder, decoder of latents and auxiliary head count one each when they run."""
     logits: "Tensor"           # [batch, 32, vocab], fp32, unnormalised log-probabilities
     latents: "Tensor | None"   # [batch, 32, width], the latents that were read out; None without latents
-    nfe: float                 # mean network evaluations (NFE) per story: encoder, prior, flow and readout
+    nfe: float                 # mean network evaluations (NFE) per story
 
     @property
     def tokens(self): return self.logits.argmax(-1)  # [batch, 32]

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['INSERTED', 'SUBSTITUTED', 'KIND_OF', 'VARIANT_OF', 'WITH_HEAD', 'REPORT', 'refined_latents', 'fused_logits',
            'LatentSystem', 'count_nfe', 'DCLR', 'DCLRConfig', 'fit_autoencoder', 'fit_dclr', 'save_autoencoder',
-           'flow_parts', 'save_dclr', 'read_parts', 'load_dclr', 'oracle', 'integrate_noise', 'GaussianStart',
+           'flow_parts', 'save_dclr', 'read_parts', 'load_dclr', 'Step', 'TokenSystem', 'train_tokens', 'network_note',
+           'load_network', 'fit_tokens', 'save_tokens', 'load_tokens', 'oracle', 'integrate_noise', 'GaussianStart',
            'fit_gaussian', 'save_gaussian', 'load_gaussian', 'edit_marks', 'describe_output', 'refine_text',
-           'head_name', 'train_head_of', 'head_models', 'report_models', 'open_report', 'register_report',
-           'open_gaussian']
+           'head_name', 'train_head_of', 'head_models', 'token_models', 'train_tokens_of', 'token_needs', 'open_tokens',
+           'report_models', 'open_report', 'register_report', 'open_gaussian']
 
 # %% ../nbs/30_refiner.ipynb #c02
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ from rapidfuzz.distance import Levenshtein
 from torch import nn
 
 from .autoencoder import AutoencoderConfig, load_autoencoder, train_autoencoder, vocabulary_of
-from .autoencoder import prompt_latents, target_latents
+from .autoencoder import prompt_latents, target_latents, vocabulary_name
 from .core import MASK, PROMPT_SLOTS, TARGET_SLOTS, RefineOutput, StudyError
-from .core import autocast, device, story_noise, write_text
+from .core import autocast, device, generator, story_noise, write_text
 from .draft_prior import DraftPriorConfig, load_prior, start_latents, train_prior, without_draft
 from .drafts import clean_batch
 from .encoder import Corpus, Encoder, clean_hidden
@@ -33,7 +34,8 @@ from .metric import MetricConfig
 from .readout import ReadoutConfig, fuse, load_head, train_head
 from .residual import load_residual
 from .stories import from_slots, slot_stories, to_slots
-from .training import Training, save_model
+from .training import (
+    Training, finish, fit, load_weights, read_model, rows_at, save_model)
 
 # %% ../nbs/30_refiner.ipynb #c05
 @torch.no_grad()
@@ -200,6 +202,86 @@ def load_dclr(encoder, folder):
     return system
 
 # %% ../nbs/30_refiner.ipynb #c17
+@dataclass(frozen=True)
+class Step:
+    "A training step: its number, draft rate, the cycles through all rates before it, and settings."
+    number: int
+    rate: float
+    cycle: int
+    training: Training
+
+    def gen(self, *labels): return generator(self.training.seed, *labels, self.number)
+
+# %% ../nbs/30_refiner.ipynb #c18
+@dataclass(frozen=True)
+class TokenSystem:
+    """Common part of Systems with one `net`; `autoencoder` is what it was initialised from.
+
+    A subclass has `part`, its name, `network(bert, autoencoder, depth)`, a module with `bert` and `reader`,
+    and `step_loss(net, batch, step)` -> (loss, {name: float}) of clean stories at a `Step`."""
+    encoder: Encoder
+    autoencoder: object = None
+    net: object = None
+    name: str = ""
+    layers, moves, steps = "none", False, None
+    section, sizes, saved = "aligner", ("aligner",), ()     # settings; saved: names of further fields
+
+    width = property(lambda self: self.encoder.width)
+    vocabulary = property(lambda self: vocabulary_name(self.net.reader.kept))
+    def networks(self): return [self.net]
+    def fit(self, stories, config): return fit_tokens(self, stories, config)
+    def save(self, folder): save_tokens(self, Path(folder))
+    def load(self, folder): return load_tokens(self, Path(folder))
+
+# %% ../nbs/30_refiner.ipynb #c19
+def train_tokens(kind, corpus, encoder, autoencoder, dropouts, training, folder, depth=0):
+    """Train the network of a TokenSystem class on drafts of `corpus` at the given dropout rates, in turn.
+
+    Returns (frozen network, curve); saved in `folder`, where it resumes. `depth`: as of `trainable_copy`."""
+    torch.manual_seed(training.seed)
+    net = kind.network(encoder.model, autoencoder, depth).to(device())
+    def loss_at(number):
+        cycle, place = divmod(number, len(dropouts))
+        batch = corpus.batch.rows(rows_at(number, len(corpus), training))
+        return kind.step_loss(net, batch, Step(number, dropouts[place], cycle, training))
+    curve = fit(net, loss_at, training, folder, f"{kind.part} at {len(dropouts)} rates")
+    config = dict(network_note(net, encoder), dropouts=list(dropouts))
+    return finish(folder, net, config, training, curve), curve
+
+
+def network_note(net, encoder): return dict(encoder_digest=encoder.digest, depth=len(net.bert.encoder.layer))
+
+
+def load_network(kind, folder, encoder, autoencoder):
+    "The frozen network saved in `folder`; StudyError if absent, damaged or of another encoder."
+    config, weights = read_model(folder, encoder_digest=encoder.digest)
+    return load_weights(kind.network(encoder.model, autoencoder, config.get("depth", 0)), weights, folder)
+
+# %% ../nbs/30_refiner.ipynb #c20
+def fit_tokens(system, stories, config):
+    "Train a token system on `stories`; fields of the DCLRConfig `config` about latents are not used."
+    corpus, own = fit_autoencoder(system.encoder, stories, config)
+    settings = config.dropouts, config.training, Path(config.folder) / system.part
+    net, _ = train_tokens(type(system), corpus, system.encoder, own, *settings)
+    return replace(system, autoencoder=own, net=net)
+
+
+def save_tokens(system, folder):
+    "Write autoencoder and network to subfolders; `load_tokens` restores them bit for bit."
+    save_autoencoder(system, folder)
+    save_model(folder / system.part, system.net, network_note(system.net, system.encoder))
+    fields = {field: getattr(system, field) for field in ("name", *system.saved)}
+    write_text(folder / "parts.json", json.dumps(dict(fields, parts=[system.part]), default=asdict))
+
+
+def load_tokens(system, folder):
+    "The token system saved in `folder`, on the encoder of `system`."
+    note, own = read_parts(folder), load_autoencoder(folder / "autoencoder", system.encoder)
+    net = load_network(type(system), folder / system.part, system.encoder, own)
+    fields = {field: note[field] for field in ("name", *system.saved)}
+    return replace(system, autoencoder=own, net=net, **fields)
+
+# %% ../nbs/30_refiner.ipynb #c22
 @torch.no_grad()
 def oracle(encoder, autoencoder, batch):
     "RefineOutput of the true target latents: an upper bound that uses the target, not a system."
@@ -224,7 +306,7 @@ def integrate_noise(system, batch, steps, seed):
         masks = all_slots, batch.prompt_mask
         return euler(system.flow, None, noise, no_draft, z_p, *masks, steps, on_step)
 
-# %% ../nbs/30_refiner.ipynb #c18
+# %% ../nbs/30_refiner.ipynb #c23
 @dataclass(frozen=True)
 class GaussianStart(LatentSystem):
     "The flow from noise as a System, given the prompt alone: the draft is not read."
@@ -249,7 +331,7 @@ class GaussianStart(LatentSystem):
         z = integrate_noise(self, batch, steps, seed)
         return RefineOutput(self.decode(z), z, 2 + steps)
 
-# %% ../nbs/30_refiner.ipynb #c19
+# %% ../nbs/30_refiner.ipynb #c24
 def fit_gaussian(system, stories, config):
     "A GaussianStart trained on `stories`; the fields of the DCLRConfig about drafts are not used."
     corpus, autoencoder = fit_autoencoder(system.encoder, stories, config)
@@ -272,7 +354,7 @@ def load_gaussian(system, folder):
     name, autoencoder = read_parts(folder)["name"], load_autoencoder(folder / "autoencoder", system.encoder)
     return replace(system, autoencoder=autoencoder, flow=load_flow(folder / "flow")[0], name=name)
 
-# %% ../nbs/30_refiner.ipynb #c21
+# %% ../nbs/30_refiner.ipynb #c26
 INSERTED, SUBSTITUTED = "+", "~"     # marks of output tokens; a kept token is marked by a space
 
 
@@ -289,7 +371,7 @@ def edit_marks(draft, tokens):
         elif edit.tag == "replace": marks[edit.dest_start:edit.dest_end] = SUBSTITUTED * count
     return marks, deleted
 
-# %% ../nbs/30_refiner.ipynb #c22
+# %% ../nbs/30_refiner.ipynb #c27
 def describe_output(logits, draft, tokenizer):
     """(text, tokens, deleted) of logits [32, vocab]; the text ends at the end marker.
 
@@ -302,7 +384,7 @@ def describe_output(logits, draft, tokenizer):
     tokens = list(zip(pieces[:length], probability.tolist(), marks))
     return from_slots(torch.tensor([ids]), tokenizer)[0], tokens, tokenizer.convert_ids_to_tokens(deleted)
 
-# %% ../nbs/30_refiner.ipynb #c23
+# %% ../nbs/30_refiner.ipynb #c28
 def refine_text(system, prompt, draft, steps=4, seed=1337):
     """`describe_output` for a prompt and a draft given as text.
 
@@ -319,14 +401,15 @@ def refine_text(system, prompt, draft, steps=4, seed=1337):
     _, _, draft_ids, draft_mask = slots
     return describe_output(logits, draft_ids[draft_mask].tolist(), tokenizer)
 
-# %% ../nbs/30_refiner.ipynb #c35
+# %% ../nbs/30_refiner.ipynb #c40
 from .autoencoder import autoencoder_name, open_autoencoder
 from .draft_prior import prior_name
 from .flow import flow_name
-from .registry import MAIN_RATE, Model, SystemEntry, register_models, register_system
+from .registry import (
+    MAIN_RATE, Model, SystemEntry, draft_rates, register_models, register_system)
 from .residual import residual_name
 
-# %% ../nbs/30_refiner.ipynb #c36
+# %% ../nbs/30_refiner.ipynb #c41
 def head_name(width, dropout, kind="flow", start=""):
     "Name of the auxiliary head on the latents of a flow, as of `flow_name`."
     return f"head-{flow_name(width, dropout, kind, start)}"
@@ -342,7 +425,7 @@ def train_head_of(study, folder, name):
     training = study.training("head")
     return train_head(study.corpus(), system.autoencoder, refined, config, (MAIN_RATE,), training, folder)[1]
 
-# %% ../nbs/30_refiner.ipynb #c37
+# %% ../nbs/30_refiner.ipynb #c42
 def head_models(preset):
     "The auxiliary heads of a preset."
     at, shared = (preset.widths[0], MAIN_RATE), ("head", train_head_of, "head", ("head", "flow"))
@@ -355,7 +438,32 @@ def head_models(preset):
 
 register_models(head_models, ("head",), {"head": ReadoutConfig})
 
-# %% ../nbs/30_refiner.ipynb #c38
+# %% ../nbs/30_refiner.ipynb #c44
+def token_models(preset, kind, train, curves):
+    "The model of a TokenSystem class, a list; `train(study, folder, dropouts)` returns its curve."
+    full, parameters = preset.widths[0], dict(dropouts=draft_rates(preset))
+    return [Model(f"{kind.part}-{full}", kind.part, train, kind.section, kind.sizes,
+                  (autoencoder_name(full),), parameters, curves)]
+
+
+def train_tokens_of(study, kind, folder, dropouts):
+    "Train the network of a TokenSystem class on the stories of a study; returns its curve."
+    corpus, depth = Corpus(study.batches["train"], None), study.sizes("aligner").get("depth") or 0
+    given = study.encoder, open_autoencoder(study), dropouts, study.training(kind.section), folder
+    return train_tokens(kind, corpus, *given, depth if kind.sizes else 0)[1]
+
+
+def token_needs(kind):
+    "The function `needs` of a TokenSystem class's entry in the registry."
+    return lambda preset: (autoencoder_name(preset.widths[0]), f"{kind.part}-{preset.widths[0]}")
+
+
+def open_tokens(study, kind, **fields):
+    "The System of a TokenSystem class on its model in a study."
+    own, folder = open_autoencoder(study), study.model(f"{kind.part}-{study.full}")
+    return kind(study.encoder, own, load_network(kind, folder, study.encoder, own), **fields)
+
+# %% ../nbs/30_refiner.ipynb #c45
 KIND_OF = {"metric only": "metric-only", "OT only": "transport-only",       # of flow
            "metric + OT": "metric", "full": "metric", "long metric + OT": "metric", "long full": "metric"}
 VARIANT_OF = {"long DraftPrior": "long", "long metric + OT": "long", "long full": "long",
@@ -375,7 +483,7 @@ def report_models(preset, name, width=None, dropout=MAIN_RATE):
     names.append(flow_name(*of))
     return [*names, head_name(*of)] if name in WITH_HEAD else names
 
-# %% ../nbs/30_refiner.ipynb #c39
+# %% ../nbs/30_refiner.ipynb #c46
 def open_report(study, name, width=None, dropout=MAIN_RATE):
     "A system of the report, assembled from the study's models at a width and a rate."
     width = width or study.full
@@ -392,7 +500,7 @@ def open_report(study, name, width=None, dropout=MAIN_RATE):
         system = replace(system, head=head, head_weight=head_weight)
     return system
 
-# %% ../nbs/30_refiner.ipynb #c40
+# %% ../nbs/30_refiner.ipynb #c47
 REPORT = "When Latent Geometry Is Not Enough (the report)"
 
 
@@ -402,7 +510,7 @@ def register_report(name, description, family="report", rates="main", **more):
     def needs(preset): return report_models(preset, name)
     register_system(SystemEntry(name, family, description, opened, needs, REPORT, rates=rates, **more))
 
-# %% ../nbs/30_refiner.ipynb #c41
+# %% ../nbs/30_refiner.ipynb #c48
 register_report("no-op", "reads the draft's latents unchanged: the reference that a refiner must beat",
                 "reference", "none", colour="tab:grey", compared=True)
 register_report("DraftPrior", "one network moves the draft's latents to a start", rates="each",
@@ -425,7 +533,7 @@ register_report("fused readout", "the local flow, decoded by the decoder and a s
 register_report("full", "DCLR complete: flow with metric and transport, fused readout", colour="tab:red",
                 compared=True)
 
-# %% ../nbs/30_refiner.ipynb #c42
+# %% ../nbs/30_refiner.ipynb #c49
 def open_gaussian(study):
     "The Gaussian-start system of a study, at full width."
     flow, _ = load_flow(study.model(f"gaussian-{study.full}"), width=study.full)

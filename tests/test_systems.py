@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentrefine.aligner import aligner_name, calibration_of
-from latentrefine.autoencoder import open_autoencoder
+from latentrefine.autoencoder import TokenDecoder, open_autoencoder
 from latentrefine.core import CLS, MASK, MODES, PAD, SEP, UNK, VOCAB, StudyError
 from latentrefine.draft_prior import start_latents, training_batch
 from latentrefine.encoder import Corpus
@@ -50,16 +50,18 @@ def same(a, b):
 
 
 def evaluations(system, batch, steps):
-    """Network evaluations of one call: calls of modules of `networks()` outside each other,
-    bare layers of PyTorch and tables of embeddings left out."""
+    """Network evaluations of one call: calls of modules of `networks()` outside each other. Left out are bare layers of
+    PyTorch, tables of embeddings, and output layers that belong to a network: a TokenDecoder counts if it is listed."""
     counted, depth = [], [0]
     def before(*_):
         counted.append(depth[0] == 0)
         depth[0] += 1
     def after(*_): depth[0] -= 1
-    modules = {part: None for net in system.networks() for part in net.modules()}
+    listed = system.networks()
+    modules = {part: None for net in listed for part in net.modules()}
     own = [part for part in modules
-           if not type(part).__module__.startswith("torch.nn") and "Embeddings" not in type(part).__name__]
+           if not type(part).__module__.startswith("torch.nn") and "Embeddings" not in type(part).__name__
+           and (part in listed or not isinstance(part, TokenDecoder))]
     hooks = [hook for part in own for hook in (part.register_forward_pre_hook(before), part.register_forward_hook(after))]
     system.slot_logits(batch, steps, 1)
     for hook in hooks: hook.remove()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DELTA', 'FLOOR', 'PAPER', 'axe_table', 'axe', 'prediction_costs', 'aligned_loss', 'axe_loss', 'close_up',
            'log_padding', 'filled_slots', 'Axe', 'open_drafts', 'slot_loss', 'latent_axe_loss', 'train_latents',
-           'OpenLatents', 'AlignedLatents', 'train_axe_of', 'train_latents_of', 'axe_names', 'axe_models', 'open_axe',
-           'register_latents']
+           'OpenLatents', 'AlignedLatents', 'train_axe_of', 'train_latents_of', 'latent_names', 'axe_models',
+           'open_axe', 'register_latents']
 
 # %% ../../nbs/baselines/52_axe.ipynb #c02
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from ..autoencoder import draft_latents, full_vocabulary_logits, token_loss
-from .parallel import Parallel, mix_copies, open_slots, train_parallel
+from .parallel import Parallel, drafts_of, mix_copies, open_slots
 from ..core import MASK, PAD, TARGET_SLOTS, VOCAB, RefineOutput
-from ..core import autocast, device, generator
+from ..core import autocast, device
 from ..draft_prior import DraftPrior, DraftPriorConfig, start_latents
-from ..drafts import with_drafts
 from ..realign import LOG_ZERO
-from ..refiner import DCLR, fit_autoencoder, load_dclr
+from ..refiner import DCLR, Step, fit_autoencoder, load_dclr
 from ..training import finish, fit, rows_at
 
 # %% ../../nbs/baselines/52_axe.ipynb #c05
@@ -114,7 +113,7 @@ def filled_slots(decoder, states, batch, weights=None):
 class Axe(Parallel):
     "The parallel transformer trained with aligned cross-entropy, as a System."
     name: str = "AXE"
-    loss_of = staticmethod(axe_loss)
+    part, loss_of = "axe", staticmethod(axe_loss)
 
     @torch.no_grad()
     def slot_logits(self, batch, steps=0, seed=0):
@@ -123,7 +122,7 @@ class Axe(Parallel):
         with autocast(self.encoder.precision):
             states, weights = self.net(batch)
             log, filled = filled_slots(self.net.reader, states, batch, weights)
-        return RefineOutput(close_up(log, filled, log_padding(log)), None, 2)
+        return RefineOutput(close_up(log, filled, log_padding(log)), None, 1)
 
 # %% ../../nbs/baselines/52_axe.ipynb #c21
 def open_drafts(batch):
@@ -146,14 +145,13 @@ def latent_axe_loss(decoder, z, batch, count, gen):
 def train_latents(corpus, encoder, autoencoder, config, dropouts, training, folder, loss_of):
     """Train a DraftPrior on open slots with `loss_of` alone; returns (frozen prior, curve).
 
-    The drafts, and the steps at which the length is known, are those of `train_parallel`."""
+    The drafts, and the steps at which the length is known, are those of the transformer."""
     torch.manual_seed(training.seed)
     prior = DraftPrior(config).to(device())
     def loss_at(step):
-        batch, rate = corpus.batch.rows(rows_at(step, len(corpus), training)), dropouts[step % len(dropouts)]
-        batch = with_drafts(batch, rate, generator(training.seed, "draft", "train", step)).to(device())
-        if step // len(dropouts) % 2: batch = batch.with_known_length()
-        batch, gen = open_drafts(batch), generator(training.seed, "latents", step)
+        batch, cycle = corpus.batch.rows(rows_at(step, len(corpus), training)), step // len(dropouts)
+        given = Step(step, dropouts[step % len(dropouts)], cycle, training)
+        batch, gen = open_drafts(drafts_of(batch, given)), given.gen("latents")
         z_p, z_d = draft_latents(encoder, autoencoder, batch)
         noise = torch.randn(len(batch), TARGET_SLOTS, config.width, generator=gen).to(device())
         z = prior(z_d, z_p, batch.draft_mask, batch.prompt_mask, noise)
@@ -202,17 +200,15 @@ class AlignedLatents(OpenLatents):
 
 # %% ../../nbs/baselines/52_axe.ipynb #c32
 from ..autoencoder import autoencoder_name, open_autoencoder
-from .parallel import load_parallel
 from ..draft_prior import load_prior
 from ..encoder import Corpus
+from ..refiner import open_tokens, token_models, token_needs, train_tokens_of
 from ..registry import Model, SystemEntry, draft_rates, register_models, register_system
 
 # %% ../../nbs/baselines/52_axe.ipynb #c33
 def train_axe_of(study, folder, dropouts):
     "Train the parallel transformer of a study with aligned cross-entropy; returns its curve."
-    corpus, training = Corpus(study.batches["train"], None), study.training("aligner")
-    given = corpus, study.encoder, open_autoencoder(study), dropouts, training, folder
-    return train_parallel(*given, study.sizes("aligner").get("depth") or 0, loss_of=axe_loss)[1]
+    return train_tokens_of(study, Axe, folder, dropouts)
 
 
 def train_latents_of(study, folder, dropouts, aligned=False):
@@ -223,20 +219,20 @@ def train_latents_of(study, folder, dropouts, aligned=False):
     return train_latents(*given, study.training("aligner"), folder, loss_of)[1]
 
 # %% ../../nbs/baselines/52_axe.ipynb #c34
-def axe_names(preset):
-    "Names of the transformer and of the latent models with cross-entropy and with AXE."
-    return [f"{name}-{preset.widths[0]}" for name in ("axe", "open-prior", "axe-prior")]
+def latent_names(preset):
+    "Names of the latent models with cross-entropy and with AXE."
+    return [f"{name}-{preset.widths[0]}" for name in ("open-prior", "axe-prior")]
 
 
 def axe_models(preset):
     "The models of this chapter, which start from, or are read by, the decoder of the autoencoder."
-    names, rates, needs = axe_names(preset), draft_rates(preset), (autoencoder_name(preset.widths[0]),)
-    net = Model(names[0], "axe", train_axe_of, "aligner", ("aligner",), needs, dict(dropouts=rates),
-                ("ce", "target_probability"))
-    latents = [Model(name, "axe", train_latents_of, "aligner", ("prior",), needs,
-                     dict(dropouts=rates, aligned=aligned), ("ce", "target_probability"))
-               for name, aligned in zip(names[1:], (False, True))]
-    return [net, *latents]
+    curves = "ce", "target_probability"
+    def latent(name, aligned):
+        given = dict(dropouts=draft_rates(preset), aligned=aligned)
+        needs = (autoencoder_name(preset.widths[0]),)
+        return Model(name, "axe", train_latents_of, "aligner", ("prior",), needs, given, curves)
+    latents = map(latent, latent_names(preset), (False, True))
+    return [*token_models(preset, Axe, train_axe_of, curves), *latents]
 
 
 register_models(axe_models, ("aligner",))
@@ -245,27 +241,23 @@ register_models(axe_models, ("aligner",))
 PAPER = "Aligned Cross Entropy for Non-Autoregressive Machine Translation"
 
 
-def open_axe(study):
-    "The transformer trained with aligned cross-entropy of a study."
-    autoencoder, folder = open_autoencoder(study), study.model(axe_names(study.preset)[0])
-    return Axe(study.encoder, autoencoder, load_parallel(folder, study.encoder, autoencoder))
+def open_axe(study): return open_tokens(study, Axe)
 
 
 register_system(SystemEntry(
     "AXE", "baseline", "the parallel transformer with its loss taken along the best monotone alignment",
-    open_axe, lambda preset: (autoencoder_name(preset.widths[0]), axe_names(preset)[0]), PAPER,
-    colour="crimson", compared=True, uses=("draft", "length")))
+    open_axe, token_needs(Axe), PAPER, colour="crimson", compared=True, uses=("draft", "length")))
 
 # %% ../../nbs/baselines/52_axe.ipynb #c36
 def register_latents(kind, place, description, colour):
-    "Register a latent model of this chapter: a class and its place in `axe_names`."
+    "Register a latent model of this chapter: a class and its place in `latent_names`."
     def opened(study):
-        prior = load_prior(study.model(axe_names(study.preset)[place]), width=study.full)
+        prior = load_prior(study.model(latent_names(study.preset)[place]), width=study.full)
         return kind(study.encoder, open_autoencoder(study), prior)
-    def needs(preset): return autoencoder_name(preset.widths[0]), axe_names(preset)[place]
-    register_system(SystemEntry(kind.name, "baseline", description, opened, needs, PAPER * (place > 1),
+    def needs(preset): return autoencoder_name(preset.widths[0]), latent_names(preset)[place]
+    register_system(SystemEntry(kind.name, "baseline", description, opened, needs, PAPER * place,
                                 colour=colour, uses=("draft", "length")))
 
 
-register_latents(OpenLatents, 1, "a DraftPrior on open slots, trained with cross-entropy alone", "lightcoral")
-register_latents(AlignedLatents, 2, "the same DraftPrior, trained with aligned cross-entropy", "firebrick")
+register_latents(OpenLatents, 0, "a DraftPrior on open slots, trained with cross-entropy alone", "lightcoral")
+register_latents(AlignedLatents, 1, "the same DraftPrior, trained with aligned cross-entropy", "firebrick")

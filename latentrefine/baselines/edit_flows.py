@@ -6,14 +6,11 @@
 __all__ = ['BLANK', 'HIGHEST', 'UNWRITTEN', 'KINDS', 'aligned_pair', 'kappa', 'rate_weight', 'remaining_edits', 'Edits',
            'partly_edited', 'EditFlow', 'Rates', 'possible_rates', 'edit_rates', 'flow_loss', 'edit_loss',
            'source_slots', 'fitting_gaps', 'EditedTexts', 'edit_texts', 'write_tokens', 'text_logits', 'story_uniforms',
-           'drawn_edits', 'euler_step', 'sample', 'stratified_times', 'train_edit_flow', 'network_config',
-           'load_edit_flow', 'EditFlowsInference', 'EditFlows', 'train_edit_flow_of', 'edit_flow_models',
-           'open_edit_flows']
+           'drawn_edits', 'euler_step', 'sample', 'stratified_times', 'edit_step', 'EditFlows', 'train_edit_flow_of',
+           'edit_flow_models', 'open_edit_flows']
 
 # %% ../../nbs/baselines/49_edit_flows.ipynb #c02
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +18,15 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
 from ..aligner import has_end_marker, pair_head, trainable_copy
-from ..autoencoder import full_vocabulary_logits, load_autoencoder
+from ..autoencoder import full_vocabulary_logits
 from ..blocks import time_features
 from ..core import MASK, PAD, SEP, TARGET_SLOTS, VOCAB, RefineOutput, autocast, device
-from ..core import generator, write_text
+from ..core import generator
 from ..drafts import with_drafts
-from ..encoder import Encoder
 from ..readout import copy_decoder
 from ..realign import LOG_ZERO, places_of
-from ..refiner import fit_autoencoder, read_parts, save_autoencoder
+from ..refiner import TokenSystem
 from ..systems.lrd import EXCLUDED_TOKENS
-from ..training import finish, fit, load_weights, read_model, rows_at, save_model
 
 # %% ../../nbs/baselines/49_edit_flows.ipynb #c05
 BLANK = -1
@@ -314,45 +309,21 @@ def stratified_times(count, gen):
 KINDS = ("drop", "replace", "drop", "insert", "drop", "mask")      # of the training drafts, in turn
 
 
-def train_edit_flow(corpus, encoder, autoencoder, dropouts, training, folder, depth=0):
-    """Train the rates on fresh drafts of `corpus` at the given rates; returns (frozen model, curve).
-
-    Saved in `folder`, where training resumes."""
-    torch.manual_seed(training.seed)
-    net = EditFlow(encoder.model, autoencoder, depth).to(device())
-    def loss_at(step):
-        batch, rate = corpus.batch.rows(rows_at(step, len(corpus), training)), dropouts[step % len(dropouts)]
-        gen = generator(training.seed, "draft", "train", step)
-        kind = KINDS[step // len(dropouts) % len(KINDS)]
-        batch, t = with_drafts(batch, rate, gen, kind), stratified_times(len(batch), gen)
-        batch, edits = partly_edited(batch, t, gen)
-        return edit_loss(net, batch.to(device()), edits.to(device()), t.to(device()))
-    curve = fit(net, loss_at, training, folder, f"edit flow at {len(dropouts)} rates")
-    config = {**network_config(net, encoder), "dropouts": list(dropouts)}
-    return finish(folder, net, config, training, curve), curve
-
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c40
-def network_config(net, encoder):
-    return {"encoder_digest": encoder.digest, "depth": len(net.bert.encoder.layer)}
+def edit_step(net, batch, step):
+    "(loss, metrics) of clean stories at a `Step`; the corruption of their drafts is one of KINDS."
+    gen = step.gen("draft", "train")
+    batch = with_drafts(batch, step.rate, gen, KINDS[step.cycle % len(KINDS)])
+    t = stratified_times(len(batch), gen)
+    batch, edits = partly_edited(batch, t, gen)
+    return edit_loss(net, batch.to(device()), edits.to(device()), t.to(device()))
 
 # %% ../../nbs/baselines/49_edit_flows.ipynb #c41
-def load_edit_flow(folder, encoder, autoencoder):
-    "The frozen network saved in `folder`; StudyError if absent, damaged or of another encoder."
-    config, weights = read_model(folder, encoder_digest=encoder.digest)
-    return load_weights(EditFlow(encoder.model, autoencoder, config.get("depth", 0)), weights, folder)
-
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c43
 @dataclass(frozen=True)
-class EditFlowsInference:
-    "The rates and their sampler; `encoder` and `autoencoder`: what the network was initialised from."
-    encoder: Encoder
-    autoencoder: object = None
-    net: EditFlow = None
+class EditFlows(TokenSystem):
+    "Edit Flows from the draft as a System."
     name: str = "Edit Flows"
-    layers, moves, steps = "none", True, 16
-
-    width = property(lambda self: self.encoder.width)
-    vocabulary = property(lambda self: self.autoencoder.vocabulary)
+    part, network, step_loss = "edit-flow", EditFlow, staticmethod(edit_step)
+    moves, steps = True, 16
 
     def sampled(self, batch, steps, seed):
         "The `EditedTexts` of a batch."
@@ -364,62 +335,25 @@ class EditFlowsInference:
         texts = self.sampled(batch, steps, seed)
         return RefineOutput(text_logits(texts), None, texts.passes.mean().item())
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c44
-class EditFlows(EditFlowsInference):
-    "Edit Flows from the draft as a System."
-    def networks(self):
-        "Modules run at inference, for the parameter count."
-        return [self.net]
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c49
+from ..refiner import open_tokens, token_models, token_needs, train_tokens_of
+from ..registry import SystemEntry, register_models, register_system
 
-    def fit(self, stories, config):
-        "Train on `stories`; fields of the DCLRConfig `config` about latents are not used."
-        corpus, own = fit_autoencoder(self.encoder, stories, config)
-        settings = config.dropouts, config.training, Path(config.folder) / "edit_flow"
-        return replace(self, autoencoder=own, net=train_edit_flow(corpus, self.encoder, own, *settings)[0])
-
-    def save(self, folder):
-        save_autoencoder(self, Path(folder))
-        save_model(Path(folder) / "edit_flow", self.net, network_config(self.net, self.encoder))
-        write_text(Path(folder) / "parts.json", json.dumps(dict(name=self.name, parts=["edit_flow"])))
-
-    def load(self, folder):
-        folder, name = Path(folder), read_parts(Path(folder))["name"]
-        autoencoder = load_autoencoder(folder / "autoencoder", self.encoder)
-        net = load_edit_flow(folder / "edit_flow", self.encoder, autoencoder)
-        return replace(self, autoencoder=autoencoder, net=net, name=name)
-
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c52
-from ..autoencoder import autoencoder_name, open_autoencoder
-from ..encoder import Corpus
-from ..registry import Model, SystemEntry, draft_rates, register_models, register_system
-
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c53
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c50
 def train_edit_flow_of(study, folder, dropouts):
     "Train the edit rates of a study; returns their curve."
-    corpus, training = Corpus(study.batches["train"], None), study.training("aligner")
-    given = corpus, study.encoder, open_autoencoder(study), dropouts, training, folder
-    return train_edit_flow(*given, study.sizes("aligner").get("depth") or 0)[1]
+    return train_tokens_of(study, EditFlows, folder, dropouts)
 
 
-def edit_flow_models(preset):
-    "The edit rates of a preset, whose network starts from the decoder of the autoencoder."
-    full = preset.widths[0]
-    return [Model(f"edit-flow-{full}", "edit-flow", train_edit_flow_of, "aligner", ("aligner",),
-                  (autoencoder_name(full),), dict(dropouts=draft_rates(preset)), ("loss", "token_ce"))]
-
-
-def open_edit_flows(study):
-    "Edit Flows of a study."
-    autoencoder = open_autoencoder(study)
-    net = load_edit_flow(study.model(f"edit-flow-{study.full}"), study.encoder, autoencoder)
-    return EditFlows(study.encoder, autoencoder, net)
+def edit_flow_models(preset): return token_models(preset, EditFlows, train_edit_flow_of, ("loss", "token_ce"))
+def open_edit_flows(study): return open_tokens(study, EditFlows)
 
 
 register_models(edit_flow_models, ("aligner",))
 
-# %% ../../nbs/baselines/49_edit_flows.ipynb #c54
+# %% ../../nbs/baselines/49_edit_flows.ipynb #c51
 register_system(SystemEntry(
     "Edit Flows", "baseline", "a discrete flow of insertions, deletions and substitutions from the draft",
-    open_edit_flows, lambda preset: (autoencoder_name(preset.widths[0]), f"edit-flow-{preset.widths[0]}"),
+    open_edit_flows, token_needs(EditFlows),
     "Edit Flows: Flow Matching with Edit Operations, https://arxiv.org/abs/2506.09018", colour="teal",
     compared=True, uses=("draft", "seed")))

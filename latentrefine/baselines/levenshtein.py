@@ -4,14 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROUNDS', 'FILLED', 'edit_labels', 'text_labels', 'LevenshteinTransformer', 'policies_of', 'fill_placeholders',
-           'edit_round', 'decode', 'deletion_loss', 'filled_texts', 'levenshtein_loss', 'train_levenshtein',
-           'load_levenshtein', 'LevenshteinInference', 'Levenshtein', 'train_levenshtein_of', 'levenshtein_models',
-           'open_levenshtein']
+           'edit_round', 'decode', 'deletion_loss', 'filled_texts', 'levenshtein_loss', 'levenshtein_step',
+           'Levenshtein', 'train_levenshtein_of', 'levenshtein_models', 'open_levenshtein']
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c02
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +17,11 @@ from torch import nn
 
 from ..aligner import (
     corrupted_drafts, gap_loss, has_end_marker, pair_head, pairs_of, trainable_copy)
-from ..autoencoder import load_autoencoder
 from .edit_flows import UNWRITTEN, EditedTexts, fitting_gaps, text_logits
-from .parallel import network_config
-from ..core import MASK, SEP, TARGET_SLOTS, RefineOutput, autocast, device, generator, write_text
-from ..encoder import Encoder
+from ..core import MASK, SEP, TARGET_SLOTS, RefineOutput, autocast, device
 from ..readout import copy_decoder
 from ..realign import expand_gaps, places_of
-from ..refiner import fit_autoencoder, read_parts, save_autoencoder
-from ..training import finish, fit, load_weights, read_model, rows_at, save_model
+from ..refiner import TokenSystem
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c05
 def edit_labels(text, target):
@@ -114,14 +107,16 @@ def edit_round(policies, texts, rows):
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c16
 def decode(policies, batch, kept, rounds=ROUNDS):
-    """The `EditedTexts` of a batch after at most `rounds` rounds from its drafts.
+    """The `EditedTexts` of a batch after at most `rounds` rounds from its drafts; their `rounds` [texts].
 
     `policies(part)` returns what LevenshteinTransformer does. [MASK] of a draft is filled first."""
     texts = EditedTexts(batch, kept)
     rows = torch.arange(len(batch), device=texts.ids.device)
     fill_placeholders(policies, texts, rows[(texts.ids == MASK).any(1)])
+    texts.rounds = torch.zeros_like(texts.passes)
     for _ in range(rounds):
         if not len(rows): break
+        texts.rounds[rows] += 1
         before = texts.ids[rows].clone()
         edit_round(policies, texts, rows)
         rows = rows[(texts.ids[rows] != before).any(1)]
@@ -162,42 +157,21 @@ def levenshtein_loss(net, batch, true):
     return gap + token + (kept + drop) / 2, logs
 
 # %% ../../nbs/baselines/59_levenshtein.ipynb #c23
-def train_levenshtein(corpus, encoder, autoencoder, dropouts, training, folder, depth=0):
-    """Train the policies on incomplete targets of `corpus`; returns (frozen model, curve).
+def levenshtein_step(net, batch, step):
+    "(loss, metrics) of clean stories at a `Step`; every second cycle has a random rate for each story."
+    gen = step.gen("draft", "train")
+    rate = torch.rand(len(batch), 1, generator=gen) if step.cycle % 2 else step.rate
+    batch, true, _ = corrupted_drafts(batch, rate, gen)
+    return levenshtein_loss(net, batch.to(device()), true.to(device()))
 
-    Saved in `folder`, where training resumes."""
-    torch.manual_seed(training.seed)
-    net = LevenshteinTransformer(encoder.model, autoencoder, depth).to(device())
-    def loss_at(step):
-        batch, rate = corpus.batch.rows(rows_at(step, len(corpus), training)), dropouts[step % len(dropouts)]
-        gen = generator(training.seed, "draft", "train", step)
-        if step // len(dropouts) % 2: rate = torch.rand(len(batch), 1, generator=gen)
-        batch, true, _ = corrupted_drafts(batch, rate, gen)
-        return levenshtein_loss(net, batch.to(device()), true.to(device()))
-    curve = fit(net, loss_at, training, folder, f"Levenshtein transformer at {len(dropouts)} rates")
-    config = {**network_config(net, encoder), "dropouts": list(dropouts)}
-    return finish(folder, net, config, training, curve), curve
-
-# %% ../../nbs/baselines/59_levenshtein.ipynb #c24
-def load_levenshtein(folder, encoder, autoencoder):
-    "The frozen policies saved in `folder`; StudyError if absent, damaged or of another encoder."
-    config, weights = read_model(folder, encoder_digest=encoder.digest)
-    net = LevenshteinTransformer(encoder.model, autoencoder, config.get("depth", 0))
-    return load_weights(net, weights, folder)
-
-# %% ../../nbs/baselines/59_levenshtein.ipynb #c26
+# %% ../../nbs/baselines/59_levenshtein.ipynb #c25
 @dataclass(frozen=True)
-class LevenshteinInference:
-    "The policies and their decoding; `encoder` and `autoencoder`: what the network was initialised from."
-    encoder: Encoder
-    autoencoder: object = None
-    net: LevenshteinTransformer = None
-    rounds: int = ROUNDS
+class Levenshtein(TokenSystem):
+    "The Levenshtein Transformer as a System."
     name: str = "Levenshtein"
-    layers, moves, steps = "none", False, None
-
-    width = property(lambda self: self.encoder.width)
-    vocabulary = property(lambda self: self.autoencoder.vocabulary)
+    rounds: int = ROUNDS
+    part, network, step_loss = "levenshtein", LevenshteinTransformer, staticmethod(levenshtein_step)
+    saved = ("rounds",)
 
     def decoded(self, batch):
         "The `EditedTexts` of a batch."
@@ -209,63 +183,27 @@ class LevenshteinInference:
         texts = self.decoded(batch)
         return RefineOutput(text_logits(texts), None, texts.passes.mean().item())
 
-# %% ../../nbs/baselines/59_levenshtein.ipynb #c27
-class Levenshtein(LevenshteinInference):
-    "The Levenshtein Transformer as a System."
-    def networks(self):
-        "Modules run at inference, for the parameter count."
-        return [self.net]
+# %% ../../nbs/baselines/59_levenshtein.ipynb #c33
+from ..refiner import open_tokens, token_models, token_needs, train_tokens_of
+from ..registry import SystemEntry, register_models, register_system
 
-    def fit(self, stories, config):
-        "Train on `stories`; fields of the DCLRConfig `config` about latents are not used."
-        corpus, own = fit_autoencoder(self.encoder, stories, config)
-        settings = config.dropouts, config.training, Path(config.folder) / "levenshtein"
-        return replace(self, autoencoder=own, net=train_levenshtein(corpus, self.encoder, own, *settings)[0])
-
-    def save(self, folder):
-        save_autoencoder(self, Path(folder))
-        save_model(Path(folder) / "levenshtein", self.net, network_config(self.net, self.encoder))
-        note = dict(name=self.name, parts=["levenshtein"], rounds=self.rounds)
-        write_text(Path(folder) / "parts.json", json.dumps(note))
-
-    def load(self, folder):
-        folder, note = Path(folder), read_parts(Path(folder))
-        autoencoder = load_autoencoder(folder / "autoencoder", self.encoder)
-        net = load_levenshtein(folder / "levenshtein", self.encoder, autoencoder)
-        return replace(self, autoencoder=autoencoder, net=net, name=note["name"], rounds=note["rounds"])
-
-# %% ../../nbs/baselines/59_levenshtein.ipynb #c35
-from ..autoencoder import autoencoder_name, open_autoencoder
-from ..encoder import Corpus
-from ..registry import Model, SystemEntry, draft_rates, register_models, register_system
-
-# %% ../../nbs/baselines/59_levenshtein.ipynb #c36
+# %% ../../nbs/baselines/59_levenshtein.ipynb #c34
 def train_levenshtein_of(study, folder, dropouts):
     "Train the Levenshtein Transformer of a study; returns its curve."
-    corpus, training = Corpus(study.batches["train"], None), study.training("aligner")
-    given = corpus, study.encoder, open_autoencoder(study), dropouts, training, folder
-    return train_levenshtein(*given, study.sizes("aligner").get("depth") or 0)[1]
+    return train_tokens_of(study, Levenshtein, folder, dropouts)
 
 
 def levenshtein_models(preset):
-    "The Levenshtein Transformer of a preset, which starts from the decoder of the autoencoder."
-    full = preset.widths[0]
-    return [Model(f"levenshtein-{full}", "levenshtein", train_levenshtein_of, "aligner", ("aligner",),
-                  (autoencoder_name(full),), dict(dropouts=draft_rates(preset)),
-                  ("gap_ce", "token_ce", "delete_ce"))]
+    return token_models(preset, Levenshtein, train_levenshtein_of, ("gap_ce", "token_ce", "delete_ce"))
 
 
-def open_levenshtein(study):
-    "The Levenshtein Transformer of a study."
-    autoencoder = open_autoencoder(study)
-    net = load_levenshtein(study.model(f"levenshtein-{study.full}"), study.encoder, autoencoder)
-    return Levenshtein(study.encoder, autoencoder, net)
+def open_levenshtein(study): return open_tokens(study, Levenshtein)
 
 
 register_models(levenshtein_models, ("aligner",))
 
-# %% ../../nbs/baselines/59_levenshtein.ipynb #c37
+# %% ../../nbs/baselines/59_levenshtein.ipynb #c35
 register_system(SystemEntry(
     "Levenshtein", "baseline", "deletes tokens, inserts placeholders and fills them, until nothing changes",
-    open_levenshtein, lambda preset: (autoencoder_name(preset.widths[0]), f"levenshtein-{preset.widths[0]}"),
+    open_levenshtein, token_needs(Levenshtein),
     "Levenshtein Transformer, https://arxiv.org/abs/1905.11006", colour="indigo", compared=True))

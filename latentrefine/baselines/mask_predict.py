@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LENGTH_WEIGHT', 'masks_at', 'least_confident', 'mask_predict', 'ConditionalMasked', 'source_of', 'block_mask',
-           'uniform_masks', 'mask_predict_loss', 'train_mask_predict', 'load_mask_predict', 'MaskPredictDecoding',
-           'MaskPredict', 'given_length', 'length_beams', 'slots_of_length', 'length_predictor',
-           'train_mask_predict_of', 'mask_predict_models', 'register_mask_predict']
+           'uniform_masks', 'mask_predict_loss', 'mask_predict_step', 'MaskPredictDecoding', 'MaskPredict',
+           'given_length', 'length_beams', 'slots_of_length', 'length_predictor', 'train_mask_predict_of',
+           'mask_predict_models', 'register_mask_predict']
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c02
 import torch
@@ -15,12 +15,11 @@ from torch import nn
 
 from ..aligner import known_length
 from .mdlm import (
-    MaskedSampler, Persistent, Slots, class_of, initial_slots, observer, predictor)
-from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device, generator
+    Slots, class_of, initial_slots, observer, padded_behind_end, predictor)
+from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device
 from ..drafts import with_drafts
 from ..systems.klflow import chunk_size
-from ..systems.lrd import MaskedDiffusion, load_masked
-from ..training import finish, fit, load_weights, read_model, rows_at
+from ..systems.lrd import MaskedDiffusion, MaskedSystem
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c05
 def masks_at(count, step, steps):
@@ -57,8 +56,8 @@ def mask_predict(predict, slots, steps, truth=None, observe=None):
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c10
 class ConditionalMasked(MaskedDiffusion):
     "(logits [n, kept] of n hidden slots, length logits [batch, 32]); [MASK] and padding have probability 0."
-    def __init__(self, bert, autoencoder):
-        super().__init__(bert, autoencoder)
+    def __init__(self, bert, autoencoder, depth=0):
+        super().__init__(bert, autoencoder, depth)
         self.excluded = self.excluded | (self.reader.kept == PAD)
         self.length = nn.Linear(bert.config.hidden_size, TARGET_SLOTS)
 
@@ -120,33 +119,18 @@ def mask_predict_loss(net, batch, draft_mask, masked):
     return ce.mean() + LENGTH_WEIGHT * length, logs
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c14
-def train_mask_predict(corpus, encoder, autoencoder, dropouts, training, folder):
-    """Train a ConditionalMasked on drafts of `corpus` at the given rates; returns (frozen net, curve).
-
-    Saved in `folder`, where training resumes. StudyError: too few positions."""
-    torch.manual_seed(training.seed)
-    net = ConditionalMasked(encoder.model, autoencoder).to(device())
-    def loss_at(step):
-        gen, rate = generator(training.seed, "mask-predict", step), dropouts[step % len(dropouts)]
-        batch = corpus.batch.rows(rows_at(step, len(corpus), training))
-        batch = with_drafts(batch, rate, generator(training.seed, "draft", "train", step)).to(device())
-        with_draft = (torch.rand(len(batch), 1, generator=gen) < .5).to(device())
-        masked = uniform_masks(batch.target_mask, gen)
-        return mask_predict_loss(net, batch, batch.draft_mask & with_draft, masked)
-    curve = fit(net, loss_at, training, folder, "Mask-Predict")
-    config = {"encoder_digest": encoder.digest, "dropouts": list(dropouts)}
-    return finish(folder, net, config, training, curve), curve
-
-
-def load_mask_predict(folder, encoder, autoencoder):
-    "The frozen network of `folder`; StudyError if absent, damaged or of another encoder."
-    _, weights = read_model(folder, encoder_digest=encoder.digest)
-    return load_weights(ConditionalMasked(encoder.model, autoencoder), weights, folder)
+def mask_predict_step(net, batch, step):
+    "(loss, metrics) of clean stories at a `Step`; half of the drafts are read."
+    gen = step.gen("mask-predict")
+    batch = with_drafts(batch, step.rate, step.gen("draft", "train")).to(device())
+    with_draft = (torch.rand(len(batch), 1, generator=gen) < .5).to(device())
+    masked = uniform_masks(batch.target_mask, gen)
+    return mask_predict_loss(net, batch, batch.draft_mask & with_draft, masked)
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c17
-class MaskPredictDecoding(MaskedSampler, Persistent):
+class MaskPredictDecoding(MaskedSystem):
     "The study's masked diffusion model with the decoder of Mask-Predict, as a System."
-    steps = 10
+    moves, steps = True, 10
     def slot_logits(self, batch, steps=10, seed=0):
         "RefineOutput after `steps` iterations (at least one): logits of a slot's last prediction."
         parts = [self.decoded(part, max(1, steps)) for part in batch.to(device()).chunks(chunk_size())]
@@ -165,8 +149,8 @@ class MaskPredictDecoding(MaskedSampler, Persistent):
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c18
 class MaskPredict(MaskPredictDecoding):
     "Mask-Predict with its own network and length beams, as a System."
-    part, beams = "mask-predict", 3
-    train_net, load_net = staticmethod(train_mask_predict), staticmethod(load_mask_predict)
+    part, network, step_loss = "mask-predict", ConditionalMasked, staticmethod(mask_predict_step)
+    beams = 3
 
     @torch.no_grad()
     def decoded(self, batch, steps):
@@ -209,6 +193,7 @@ def length_beams(system, batch):
 def slots_of_length(system, batch, length):
     "`Slots` of texts of `length` [batch]: padding is given behind them, and in the mode START the draft."
     inside = torch.arange(TARGET_SLOTS, device=length.device) < length[:, None]
+    batch = padded_behind_end(batch)
     started = batch.draft_mask & (batch.draft_ids != MASK) & (system.mode == "START")
     return Slots(batch.draft_ids.where(started, PAD), inside & ~started, system.net.reader.kept)
 
@@ -222,42 +207,33 @@ def length_predictor(system, batch, length):
     return predict
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c30
-from ..autoencoder import autoencoder_name, open_autoencoder
-from ..encoder import Corpus
-from ..registry import Model, SystemEntry, draft_rates, register_models, register_system
+from ..refiner import open_tokens, token_models, token_needs, train_tokens_of
+from ..registry import SystemEntry, register_models, register_system
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c31
 def train_mask_predict_of(study, folder, dropouts):
     "Train the network of Mask-Predict of a study; returns its curve."
-    corpus, training = Corpus(study.batches["train"], None), study.training("masked")
-    return train_mask_predict(corpus, study.encoder, open_autoencoder(study), dropouts, training, folder)[1]
+    return train_tokens_of(study, MaskPredict, folder, dropouts)
 
 
 def mask_predict_models(preset):
-    "Mask-Predict's network of a preset, which starts from the decoder of the autoencoder."
-    full = preset.widths[0]
-    return [Model(f"mask-predict-{full}", "mask-predict", train_mask_predict_of, "masked", (),
-                  (autoencoder_name(full),), dict(dropouts=draft_rates(preset)), ("ce", "length_ce"))]
+    return token_models(preset, MaskPredict, train_mask_predict_of, ("ce", "length_ce"))
 
 
 register_models(mask_predict_models, ("masked",))
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c32
-def register_mask_predict(name, kind, model, load_net, description, colour, uses):
-    "Register a System class `kind` on the network `model`."
-    def opened(study):
-        autoencoder = open_autoencoder(study)
-        net = load_net(study.model(f"{model}-{study.full}"), study.encoder, autoencoder)
-        return kind(study.encoder, autoencoder, net, name=name)
-    def needs(preset): return autoencoder_name(preset.widths[0]), f"{model}-{preset.widths[0]}"
+def register_mask_predict(name, kind, description, colour, uses):
+    "Register a System class `kind`."
+    def opened(study): return open_tokens(study, kind, name=name)
     paper = "Mask-Predict: Parallel Decoding of Conditional Masked Language Models (arXiv 1904.09324)"
     shown = dict(modes=("COND", "START"), colour=colour, compared=True, uses=uses, start_needs_alignment=True)
-    register_system(SystemEntry(name, "baseline", description, opened, needs, paper, **shown))
+    register_system(SystemEntry(name, "baseline", description, opened, token_needs(kind), paper, **shown))
 
 
-register_mask_predict("masked diffusion, Mask-Predict", MaskPredictDecoding, "masked", load_masked,
+register_mask_predict("masked diffusion, Mask-Predict", MaskPredictDecoding,
                       "the masked diffusion model with Mask-Predict's decoder, 10 iterations", "orchid",
                       ("draft",))
-register_mask_predict("Mask-Predict", MaskPredict, "mask-predict", load_mask_predict,
+register_mask_predict("Mask-Predict", MaskPredict,
                       "a conditional masked language model with length beams, 10 iterations", "deeppink",
                       ("draft", "length"))

@@ -166,9 +166,9 @@ def snapped_output(system, batch, steps):
     "RefineOutput of a `Snapped` system for a batch."
     _, z = refined_latents(system.refiner, batch, steps)
     with autocast(system.encoder.precision):
-        snapped = system.net(z)
-        logits = system.net.decoder.full(snapped)
-    return RefineOutput(logits, snapped.float(), count_nfe(system.refiner, steps) + 1)
+        latents = system.net(z) if system.snaps else system.net.encode(z)
+        logits = system.net.decoder.full(latents)
+    return RefineOutput(logits, latents.float(), count_nfe(system.refiner, steps))
 
 # %% ../../nbs/baselines/47_vq.ipynb #c30
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ class Snapped(LatentSystem):
     refiner: DCLR              # without head
     net: CodedAutoencoder = None
     name: str = "DraftPrior, snapped"
+    snaps: bool = True         # False: the decoder of the codes reads the latents as they are, a control
     encoder = property(lambda self: self.refiner.encoder)
     autoencoder = property(lambda self: self.net)      # latents are those of the codes' space
     moves = property(lambda self: self.refiner.moves)
@@ -184,7 +185,6 @@ class Snapped(LatentSystem):
     def slot_logits(self, batch, steps, seed=0):
         "RefineOutput of the refiner after `steps` Euler steps, snapped; deterministic, `seed` is not used."
         return snapped_output(self, batch.to(device()), steps)
-
     def networks(self):
         "Modules run at inference, for the parameter count."
         parts = self.refiner.encoder.model, self.refiner.prior, self.refiner.flow, self.refiner.metric

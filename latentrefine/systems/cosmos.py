@@ -521,7 +521,7 @@ class Cosmos(CosmosSettings):
         "RefineOutput with logits [batch, 32, vocab] of latents generated in `steps` denoising steps."
         with autocast(self.encoder.precision):
             z, passes = latents_of(self, batch.to(device()), steps, seed)
-            return RefineOutput(*read_latents(self.smooth, z), passes + 2)
+            return RefineOutput(*read_latents(self.smooth, z), passes + 1)
 
     fit, save, load = fit_cosmos, save_cosmos, load_cosmos
 

@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['EXCLUDED_TOKENS', 'STANDARD_DECODING', 'AUTO', 'check_positions', 'MaskedDiffusion', 'masked_fractions',
-           'masked_diffusion_loss', 'train_masked', 'load_masked', 'entropy', 'nucleus', 'sorted_nucleus',
+           'masked_diffusion_loss', 'masked_step', 'MaskedSystem', 'entropy', 'nucleus', 'sorted_nucleus',
            'nucleus_mixtures', 'soft_embeddings', 'LRDConfig', 'latent_refinements', 'kl_divergence', 'mean_divergence',
            'most_confident', 'DecodingState', 'divergences', 'SoftInputs', 'SoftPasses', 'refine_softly',
-           'commit_progressively', 'decode_block', 'initial_slots', 'decode_batch', 'committed_logits', 'LRDInference',
-           'LRD', 'train_masked_of', 'masked_models', 'open_masked', 'register_masked']
+           'commit_progressively', 'decode_block', 'initial_slots', 'decode_batch', 'committed_logits', 'LRD',
+           'train_masked_of', 'masked_models', 'open_masked', 'register_masked']
 
 # %% ../../nbs/systems/42_lrd.ipynb #c02
-import json
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,16 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..aligner import trainable_copy
-from ..autoencoder import full_vocabulary_logits, load_autoencoder, vocabulary_name
-from ..core import (
+from ..autoencoder import full_vocabulary_logits
+from latentrefine.core import (
     CLS, MASK, PAD, PROMPT_SLOTS, TARGET_SLOTS, UNK, VOCAB, RefineOutput, StudyError, autocast, check_mode,
-    device, generator, write_text)
+    device)
 from ..drafts import with_drafts
-from ..encoder import Encoder
 from ..readout import copy_decoder
-from ..refiner import fit_autoencoder, read_parts, save_autoencoder
+from ..refiner import TokenSystem
 from .klflow import chunk_size
-from ..training import finish, fit, load_weights, read_model, rows_at, save_model
 
 # %% ../../nbs/systems/42_lrd.ipynb #c05
 EXCLUDED_TOKENS = (CLS, MASK, *range(1, UNK), *range(MASK + 1, 999))     # both ranges: BERT's unused entries
@@ -47,10 +43,10 @@ def check_positions(bert):
 # %% ../../nbs/systems/42_lrd.ipynb #c06
 class MaskedDiffusion(nn.Module):
     "Logits [n, kept] of n target slots, fp32; [MASK], [CLS] and the unused entries have probability 0."
-    def __init__(self, bert, autoencoder):
+    def __init__(self, bert, autoencoder, depth=0):
         super().__init__()
         check_positions(bert)
-        self.bert = trainable_copy(bert)
+        self.bert = trainable_copy(bert, depth)
         self.reader = copy_decoder(autoencoder.decoder, autoencoder.config.width).requires_grad_(True)
         self.register_buffer("mean", autoencoder.mean); self.register_buffer("scale", autoencoder.scale)
         excluded = torch.tensor(EXCLUDED_TOKENS, device=self.reader.kept.device)
@@ -87,31 +83,30 @@ def masked_diffusion_loss(net, batch, t, draft_mask, masked):
     return (weight * ce).sum() / masked.numel(), logs
 
 # %% ../../nbs/systems/42_lrd.ipynb #c09
-def train_masked(corpus, encoder, autoencoder, dropouts, training, folder):
-    """Train a masked diffusion model on drafts of `corpus` at the given dropout rates.
+def masked_step(net, batch, step):
+    "(loss, metrics) of clean stories at a `Step`; half of the drafts are read."
+    gen = step.gen("masked")
+    batch = with_drafts(batch, step.rate, step.gen("draft", "train")).to(device())
+    t = masked_fractions(len(batch), gen)
+    with_draft = torch.rand(len(batch), 1, generator=gen) < .5
+    masked = (torch.rand(len(batch), TARGET_SLOTS, generator=gen) < t[:, None]).to(device())
+    return masked_diffusion_loss(net, batch, t, batch.draft_mask & with_draft.to(device()), masked)
 
-    Returns (frozen model, curve); saved in `folder`, where it resumes. StudyError: too few positions."""
-    torch.manual_seed(training.seed)
-    net = MaskedDiffusion(encoder.model, autoencoder).to(device())
-    def loss_at(step):
-        gen, rate = generator(training.seed, "masked", step), dropouts[step % len(dropouts)]
-        batch = corpus.batch.rows(rows_at(step, len(corpus), training))
-        batch = with_drafts(batch, rate, generator(training.seed, "draft", "train", step)).to(device())
-        t = masked_fractions(len(batch), gen)
-        with_draft = torch.rand(len(batch), 1, generator=gen) < .5
-        masked = (torch.rand(len(batch), TARGET_SLOTS, generator=gen) < t[:, None]).to(device())
-        return masked_diffusion_loss(net, batch, t, batch.draft_mask & with_draft.to(device()), masked)
-    curve = fit(net, loss_at, training, folder, "masked diffusion model")
-    config = {"encoder_digest": encoder.digest, "dropouts": list(dropouts)}
-    return finish(folder, net, config, training, curve), curve
 
-# %% ../../nbs/systems/42_lrd.ipynb #c10
-def load_masked(folder, encoder, autoencoder):
-    "The frozen masked diffusion model of `folder`; StudyError if absent, damaged or of another encoder."
-    _, weights = read_model(folder, encoder_digest=encoder.digest)
-    return load_weights(MaskedDiffusion(encoder.model, autoencoder), weights, folder)
+@dataclass(frozen=True)
+class MaskedSystem(TokenSystem):
+    "What the Systems with a masked network share."
+    mode: str = "COND"          # one of MODES
+    on_step: object = None      # on_step(step, logits), called after each network pass
+    part, network, step_loss = "masked", MaskedDiffusion, staticmethod(masked_step)
+    section, sizes, saved = "masked", (), ("mode",)
+    def __post_init__(self): check_mode(self.mode)
 
-# %% ../../nbs/systems/42_lrd.ipynb #c13
+    def draft_mask(self, batch):
+        "Slots of the draft that are read as context, bool [batch, 32]."
+        return batch.draft_mask & (self.mode == "COND")
+
+# %% ../../nbs/systems/42_lrd.ipynb #c12
 def entropy(p):
     "Entropy in nats [...] of distributions p [..., vocab]."
     return torch.special.entr(p).sum(-1)
@@ -135,7 +130,7 @@ def sorted_nucleus(p, top_p):
     kept = p.where(p >= ordered.gather(-1, inside - 1), 0.)
     return kept / kept.sum(-1, keepdim=True)
 
-# %% ../../nbs/systems/42_lrd.ipynb #c14
+# %% ../../nbs/systems/42_lrd.ipynb #c13
 def nucleus_mixtures(p, words, top_p):
     "Mean embeddings [n, inner] of the nuclei of p [n, vocab] with mass `top_p`; `words` [vocab, inner]."
     if top_p >= 1: return p @ words
@@ -156,7 +151,7 @@ def soft_embeddings(p, words, mask_embedding, r_f, top_p):
     alpha = (r_f * (1 - entropy(p) / math.log(p.shape[-1]))).clamp(0, r_f)[:, None]
     return (1 - alpha) * mask_embedding + alpha * nucleus_mixtures(p, words, top_p)
 
-# %% ../../nbs/systems/42_lrd.ipynb #c18
+# %% ../../nbs/systems/42_lrd.ipynb #c17
 @dataclass(frozen=True)
 class LRDConfig:
     "Settings of the decoder, by default the paper's (appendix A); divergences are in nats."
@@ -180,7 +175,7 @@ def latent_refinements(k):
 
 AUTO = LRDConfig(repeat=True)      # the paper's Auto: adaptive refinement before each commitment
 
-# %% ../../nbs/systems/42_lrd.ipynb #c19
+# %% ../../nbs/systems/42_lrd.ipynb #c18
 def kl_divergence(p, q):
     "KL(p || q) in nats [...] of distributions p, q [..., vocab]."
     return (p * (p.clamp(min=1e-30).log() - q.clamp(min=1e-30).log())).sum(-1).clamp(min=0)
@@ -199,7 +194,7 @@ def most_confident(p, is_open, count):
     scores = torch.full(is_open.shape, torch.inf, device=p.device).masked_scatter(is_open, entropy(p))
     return torch.zeros_like(is_open).scatter(1, scores.topk(count, largest=False).indices, True)[is_open]
 
-# %% ../../nbs/systems/42_lrd.ipynb #c22
+# %% ../../nbs/systems/42_lrd.ipynb #c21
 class DecodingState:
     """Target slots during decoding: `ids`, `is_open` [batch, 32], output vocabulary `kept` [kept];
     `truth` [batch, 32]: tokens to commit instead of the model's own."""
@@ -224,7 +219,7 @@ class DecodingState:
         self.ids[place] = self.kept[logits.argmax(-1)] if own else self.truth[rows][active][chosen]
         self.logits[place], self.order[place], self.open[place] = logits, number, False
 
-# %% ../../nbs/systems/42_lrd.ipynb #c23
+# %% ../../nbs/systems/42_lrd.ipynb #c22
 def divergences(state, config, rows, p, after):
     """Divergence of each story [rows], which is also added to `state.divergences`.
 
@@ -237,12 +232,12 @@ def divergences(state, config, rows, p, after):
     state.divergences.append(recorded)
     return found
 
-# %% ../../nbs/systems/42_lrd.ipynb #c24
+# %% ../../nbs/systems/42_lrd.ipynb #c23
 class SoftInputs:
     "Inputs of the network of `system` for the target slots of `state`, the `DecodingState` of `batch`."
     def __init__(self, system, batch, state):
         self.system, self.batch, self.state, self.config = system, batch, state, system.config
-        self.draft_mask = batch.draft_mask & (system.mode == "COND")
+        self.draft_mask = system.draft_mask(batch)
         self.words = system.net.word_embeddings
         self.kept_words, self.mask_embedding = self.words[state.kept], self.words[MASK]
 
@@ -254,7 +249,7 @@ class SoftInputs:
             inputs[self.state.active(rows)] = soft
         return inputs
 
-# %% ../../nbs/systems/42_lrd.ipynb #c25
+# %% ../../nbs/systems/42_lrd.ipynb #c24
 class SoftPasses(SoftInputs):
     """Passes of the network over the active slots.
 
@@ -280,7 +275,7 @@ class SoftPasses(SoftInputs):
         self.system.on_step(self.count, lambda: committed_logits([state], state.kept))
         self.count += 1
 
-# %% ../../nbs/systems/42_lrd.ipynb #c27
+# %% ../../nbs/systems/42_lrd.ipynb #c26
 def refine_softly(run_pass, rows, logits, p):
     """Soft passes over the stories `rows`, without commitments, until the divergence is below `tau_refine`.
 
@@ -294,7 +289,7 @@ def refine_softly(run_pass, rows, logits, p):
         moving[moving.clone()] = divergence >= config.tau_refine
     return logits, p
 
-# %% ../../nbs/systems/42_lrd.ipynb #c28
+# %% ../../nbs/systems/42_lrd.ipynb #c27
 def commit_progressively(run_pass, rows, logits, p):
     """Second phase of the stories `rows`: commit the most confident slots and run a pass, until none is open.
 
@@ -318,7 +313,7 @@ def decode_block(run_pass, rows):
     logits, p, _ = run_pass(rows, None)
     commit_progressively(run_pass, rows, *refine_softly(run_pass, rows, logits, p))
 
-# %% ../../nbs/systems/42_lrd.ipynb #c30
+# %% ../../nbs/systems/42_lrd.ipynb #c29
 def initial_slots(system, batch):
     "The `DecodingState` before the first pass: all slots open and [MASK]; START copies the draft's tokens."
     copied = torch.zeros_like(batch.draft_mask)
@@ -337,7 +332,7 @@ def decode_batch(system, batch):
         if len(rows): decode_block(run_pass, rows)
     return state
 
-# %% ../../nbs/systems/42_lrd.ipynb #c31
+# %% ../../nbs/systems/42_lrd.ipynb #c30
 def committed_logits(states, kept):
     "Logits [batch, 32, vocab] at commitment, from `DecodingState`s; copied tokens have probability 1."
     logits = full_vocabulary_logits(torch.cat([state.logits for state in states]), kept)
@@ -346,25 +341,14 @@ def committed_logits(states, kept):
     logits[copied] = F.one_hot(ids, VOCAB).float().clamp(min=1e-9).log()
     return logits
 
-# %% ../../nbs/systems/42_lrd.ipynb #c32
+# %% ../../nbs/systems/42_lrd.ipynb #c31
 @dataclass(frozen=True)
-class LRDInference:
-    "The settings of LRD and its inference; `autoencoder` is what its network was initialised from."
-    encoder: Encoder
-    autoencoder: object = None
-    net: MaskedDiffusion = None
-    config: LRDConfig = LRDConfig()
-    mode: str = "COND"          # one of MODES
+class LRD(MaskedSystem):
+    "Latent Refinement Decoding as a System; with `STANDARD_DECODING` the usual masked diffusion decoding."
     name: str = "LRD"
-    on_step: object = None      # on_step(step, logits), called after each network pass
-    layers, moves, steps = "none", False, None       # the decoder determines the number of passes
-    def __post_init__(self): check_mode(self.mode)
+    config: LRDConfig = LRDConfig()      # of the decoder, which determines the number of passes
+    saved = ("mode", "config")
 
-    @property
-    def width(self): return self.encoder.width
-
-    @property
-    def vocabulary(self): return vocabulary_name(self.net.reader.kept)
     @torch.no_grad()
     def slot_logits(self, batch, steps=0, seed=0):
         "Logits at commitment; deterministic, `steps` and `seed` are not used. `nfe`: mean over stories."
@@ -372,67 +356,36 @@ class LRDInference:
         nfe = torch.cat([state.passes for state in states]).float().mean().item()
         return RefineOutput(committed_logits(states, self.net.reader.kept), None, nfe)
 
-# %% ../../nbs/systems/42_lrd.ipynb #c33
-class LRD(LRDInference):
-    "Latent Refinement Decoding as a System; with `STANDARD_DECODING` the usual masked diffusion decoding."
-    def networks(self):
-        "Modules run at inference, for the parameter count."
-        return [self.net]
-    def fit(self, stories, config):
-        "Train the base model on `stories`; fields of the DCLRConfig `config` about latents are not used."
-        corpus, own = fit_autoencoder(self.encoder, stories, config)
-        settings = config.dropouts, config.training, Path(config.folder) / "masked"
-        net, _ = train_masked(corpus, self.encoder, own, *settings)
-        return replace(self, autoencoder=own, net=net)
-
-    def save(self, folder):
-        save_autoencoder(self, Path(folder))
-        save_model(Path(folder) / "masked", self.net, {"encoder_digest": self.encoder.digest})
-        note = dict(name=self.name, parts=["masked"], mode=self.mode, config=asdict(self.config))
-        write_text(Path(folder) / "parts.json", json.dumps(note))
-
     def load(self, folder):
-        folder, note = Path(folder), read_parts(Path(folder))
-        autoencoder = load_autoencoder(folder / "autoencoder", self.encoder)
-        kept = dict(name=note["name"], mode=note["mode"], config=LRDConfig(**note["config"]))
-        net = load_masked(folder / "masked", self.encoder, autoencoder)
-        return replace(self, autoencoder=autoencoder, net=net, **kept)
+        loaded = super().load(folder)
+        return replace(loaded, config=LRDConfig(**loaded.config))
 
-# %% ../../nbs/systems/42_lrd.ipynb #c47
-from ..autoencoder import autoencoder_name, open_autoencoder
-from ..encoder import Corpus
-from ..registry import Model, SystemEntry, draft_rates, register_models, register_system
+# %% ../../nbs/systems/42_lrd.ipynb #c45
+from ..refiner import open_tokens, token_models, token_needs, train_tokens_of
+from ..registry import SystemEntry, register_models, register_system
 
-# %% ../../nbs/systems/42_lrd.ipynb #c48
+# %% ../../nbs/systems/42_lrd.ipynb #c46
 def train_masked_of(study, folder, dropouts):
     "Train the masked diffusion model of a study; returns its curve."
-    corpus, training = Corpus(study.batches["train"], None), study.training("masked")
-    return train_masked(corpus, study.encoder, open_autoencoder(study), dropouts, training, folder)[1]
+    return train_tokens_of(study, MaskedSystem, folder, dropouts)
 
 
-def masked_models(preset):
-    "The masked diffusion model of a preset, which starts from the decoder of the autoencoder."
-    full = preset.widths[0]
-    return [Model(f"masked-{full}", "masked", train_masked_of, "masked", (), (autoencoder_name(full),),
-                  dict(dropouts=draft_rates(preset)), ("ce",))]
+def masked_models(preset): return token_models(preset, MaskedSystem, train_masked_of, ("ce",))
 
 
 register_models(masked_models, ("masked",))
 
-# %% ../../nbs/systems/42_lrd.ipynb #c49
+# %% ../../nbs/systems/42_lrd.ipynb #c47
 def open_masked(study, name, config):
     "The masked diffusion model of a study as a system decoded as `config` says."
-    autoencoder = open_autoencoder(study)
-    net = load_masked(study.model(f"masked-{study.full}"), study.encoder, autoencoder)
-    return LRD(study.encoder, autoencoder, net, config, name=name)
+    return open_tokens(study, LRD, name=name, config=config)
 
 
 def register_masked(name, description, paper, config, colour):
     "Register a decoding of the masked diffusion model."
     def opened(study): return open_masked(study, name, config)
-    def needs(preset): return autoencoder_name(preset.widths[0]), f"masked-{preset.widths[0]}"
     shown = dict(modes=("COND", "START"), colour=colour, compared=True, start_needs_alignment=True)
-    register_system(SystemEntry(name, "peer", description, opened, needs, paper, **shown))
+    register_system(SystemEntry(name, "peer", description, opened, token_needs(LRD), paper, **shown))
 
 
 register_masked("masked diffusion", "a BERT that fills masked slots, one per network evaluation",

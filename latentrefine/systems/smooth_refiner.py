@@ -158,7 +158,7 @@ class SmoothRefiner(SmoothRefinerSettings):
         "RefineOutput with logits [batch, 32, vocab] of the refined latents; `seed` is ignored."
         with autocast(self.encoder.precision):
             *_, z, passes = self.latents(batch.to(device()), steps)
-            return RefineOutput(*self.read(z), passes + 2)
+            return RefineOutput(*self.read(z), passes + 1)
 
     fit, save, load = fit_refiner, save_refiner, load_saved_refiner
 
