@@ -19,7 +19,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from .core import OF_THIS_STUDY, StudyError, printable, user_path
+from .core import OF_THIS_STUDY, StudyError, cold_start, printable, user_path
 
 # %% ../nbs/68_command.ipynb #c05
 EXAMPLES = """examples:
@@ -291,7 +291,7 @@ def do_publish(given, more):
 
 # %% ../nbs/68_command.ipynb #c24
 def do_refine(given, more):
-    from latentrefine.refine import refine_command
+    with cold_start(): from latentrefine.refine import refine_command
     if given.out.endswith(".jsonl"): given.write, given.out = given.out, ""      # --out names the file
     refine_command(lambda: study_of(given, given.settings, own_stories=False), given)
 

@@ -25,6 +25,7 @@ from latentrefine.study import Study
 from latentrefine.training import save_model
 
 load_chapters()
+SYSTEMS = {name: entry for name, entry in SYSTEMS.items() if not entry.encoder}      # any encoder will do
 SENTENCES = ("--prompt", "Ann went out. It rained.", "--draft", "she her umbrella.")
 
 
