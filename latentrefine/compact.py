@@ -228,7 +228,7 @@ def register_pretrained():
     def opened(study, **options): return open_pretrained(study.encoder)
     text = "the re-aligned refiner as it comes with the package, trained on ROCStories"
     register_system(SystemEntry(PRETRAINED, "re-aligned", text, opened, lambda preset: [], encoder=BASE,
-                                colour="tab:olive", compared=True, uses=("draft", "length")))
+                                colour="tab:olive", uses=("draft", "length")))
 
 
 register_pretrained()

@@ -29,12 +29,13 @@ from .drafts import clean_batch, with_drafts
 from .encoder import embed_texts
 from .measure import measure, row_of
 from .recoverability import Recoverability
-from .refine import TextRefiner, as_refiner, own_system, read_drafts, refiner_of, run_system
+from .refine import TextRefiner, as_refiner, own_or_pretrained, own_system, read_drafts
 from .refiner import oracle
 from .registry import MAIN_RATE, draft_rates, entry_of, percent
 from .report import narrow
 
 # %% ../nbs/66_evaluation.ipynb #c03
+from .refine import refiner_of, run_system
 from .stories import from_slots, read_stories, slot_stories, text_hash, words
 
 # %% ../nbs/66_evaluation.ipynb #c04
@@ -99,14 +100,14 @@ def unseen_stories(study, source, limit, strict):
     return stories, len(given) - len(stories), skipped or []
 
 # %% ../nbs/66_evaluation.ipynb #c11
-def compared_systems(study, name, dropout):
+def compared_systems(study, name, dropout, needed=("no-op",)):
     """The systems of an evaluation by name: no-op, re-aligned and the one asked for;
-    a missing re-aligned system is left out."""
+    one that is missing and not among the `needed` is left out."""
     found = {}
     for one in dict.fromkeys(("no-op", "re-aligned", name)):
         try: found[one] = opened_at(study, one, dropout)
         except StudyError:
-            if one == name or one == "no-op": raise
+            if one in (name, *needed): raise
     return found
 
 
@@ -194,8 +195,9 @@ def evaluate_drafts(study, path, name="re-aligned", references="", strict=False)
     targets = [row["target"] for row in rows]
     targets = targets if all(target is not None for target in targets) else None
     real = read_references(references) if references else None
-    systems = {"draft": Unchanged(), **({} if ".py" in name else compared_systems(study, name, MAIN_RATE))}
+    name, systems = own_or_pretrained(study, name), {"draft": Unchanged()}
     if ".py" in name: systems.update(named_own_system(name))
+    else: systems.update(compared_systems(study, name, MAIN_RATE, needed=()))
     found = []
     for one, system in systems.items():
         values, refined = scored_texts(study, system, prompts, drafts, targets, study.seed)

@@ -411,15 +411,16 @@ def results():
 
 
 def systems_of(entry, preset=None):
-    """Entries of the systems that a result opens: by name, by `family:NAME`,
-    or `compared`, those of the cross-system table; of the preset's families and encoder if it is given."""
+    """Entries of the systems that a result opens: by name, by `family:NAME`, `compared`, or `pretrained`,
+    those bound to one encoder; the last two of the preset's families and encoder if it is given."""
     asked = entry.get("systems", [])
     def wanted(system):
         named = system.name in asked or f"family:{system.family}" in asked and not system.encoder
         left_out = preset and (system.family not in preset.families
                                or system.encoder not in ("", preset.encoder))
-        return named or "compared" in asked and system.compared and not left_out
-    unknown = [name for name in asked if name not in SYSTEMS and name != "compared"
+        kinds = dict(compared=system.compared, pretrained=system.encoder)
+        return named or any(kinds[name] for name in kinds if name in asked) and not left_out
+    unknown = [name for name in asked if name not in (*SYSTEMS, "compared", "pretrained")
                and not name.startswith("family:")]
     if unknown: raise ValueError(f"results.yaml, {entry['name']}: no system {', '.join(unknown)}")
     return [system for system in SYSTEMS.values() if wanted(system)]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CARD', 'Refined', 'checked', 'check_texts', 'keep_unknown', 'describe', 'TextRefiner', 'refine_texts',
-           'offered_entry', 'as_refiner', 'refiner_of', 'own_system', 'uses_pretrained', 'load_pretrained', 'load',
-           'run_system', 'file_digests', 'save_pretrained', 'note_digest', 'read_note', 'saved_encoder', 'bare',
-           'from_pretrained', 'check_target', 'read_drafts', 'input_bytes', 'kept_input', 'read_text', 'refined_lines',
-           'refine_file', 'widget', 'refine_command', 'refine_one_command', 'refine_drafts_command',
-           'refine_text_command']
+           'offered_entry', 'as_refiner', 'refiner_of', 'own_system', 'uses_pretrained', 'own_or_pretrained',
+           'load_pretrained', 'load', 'run_system', 'file_digests', 'save_pretrained', 'note_digest', 'read_note',
+           'saved_encoder', 'bare', 'from_pretrained', 'check_target', 'read_drafts', 'input_bytes', 'kept_input',
+           'read_text', 'refined_lines', 'refine_file', 'widget', 'refine_command', 'refine_one_command',
+           'refine_drafts_command', 'refine_text_command']
 
 # %% ../nbs/65_refine.ipynb #c02
 import hashlib
@@ -198,20 +198,27 @@ def uses_pretrained(name, preset="quick", out="", overrides=()):
     return not any((ROOT / default_out(preset, ()) / "models").glob("aligner-*/config.json"))
 
 
+def own_or_pretrained(study, name):
+    "The name of a system, or PRETRAINED in its place where the default study has trained none of its own."
+    from latentrefine.study import default_out
+    default = study.out == ROOT / default_out("quick", ())
+    return PRETRAINED if default and uses_pretrained(name) else name
+
+
 def load_pretrained():
     "The package's own re-aligned refiner, ready to refine; it needs no study and no network."
     system, kept = open_pretrained(), None
     if len(system.autoencoder.decoder.kept) < VOCAB: kept = system.autoencoder.decoder.kept.cpu()
     return TextRefiner(system, 0, kept, read_compact(pretrained_folder())[0]["facts"])
 
-
+# %% ../nbs/65_refine.ipynb #c18
 def load(name="re-aligned", preset="quick", out="", overrides=()):
     "A trained system, ready to refine; the StudyError for a missing model says how to train it."
     if uses_pretrained(name, preset, out, overrides): return load_pretrained()
     from latentrefine.study import Study
     return refiner_of(Study(preset, out=out, overrides=overrides), name)
 
-# %% ../nbs/65_refine.ipynb #c18
+# %% ../nbs/65_refine.ipynb #c19
 def run_system(system, prompts, drafts, seed=1337):
     "`Refined` of any system; an exception in a user's system becomes a StudyError."
     name = getattr(system, "name", type(system).__name__)
@@ -222,7 +229,7 @@ def run_system(system, prompts, drafts, seed=1337):
         raise StudyError(f"system {name}: refine raised {type(error).__name__}: {error}") from error
     return checked(found, len(drafts), name)
 
-# %% ../nbs/65_refine.ipynb #c20
+# %% ../nbs/65_refine.ipynb #c21
 FORMAT = 2      # of a saved refiner
 
 CARD = """# {name}
@@ -241,7 +248,7 @@ def file_digests(folder):
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in files}
 
-# %% ../nbs/65_refine.ipynb #c21
+# %% ../nbs/65_refine.ipynb #c22
 def save_pretrained(refiner, folder, row=None):
     "Write a TextRefiner to a folder; `row`: the scores that its card states. Returns the folder."
     folder, system = Path(folder), refiner.system
@@ -265,7 +272,7 @@ def note_digest(note):
     facts = {name: value for name, value in note.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/65_refine.ipynb #c22
+# %% ../nbs/65_refine.ipynb #c23
 def read_note(folder):
     "The checked note of a saved refiner; StudyError if it is absent, damaged, changed or of another format."
     path = Path(folder) / "refiner.json"
@@ -291,7 +298,7 @@ def read_note(folder):
         raise StudyError(f"{path}: system {system} is none of latentrefine")
     return note
 
-# %% ../nbs/65_refine.ipynb #c23
+# %% ../nbs/65_refine.ipynb #c24
 def saved_encoder(note, place=""):
     "The encoder of a saved refiner; `place`: its folder or hub name, where its own name does not find it."
     facts = note["facts"]
@@ -309,7 +316,7 @@ def bare(kind, encoder):
               and one.default_factory is MISSING}
     return kind(**{**absent, "encoder": encoder})
 
-# %% ../nbs/65_refine.ipynb #c24
+# %% ../nbs/65_refine.ipynb #c25
 def from_pretrained(folder, encoder=""):
     "The TextRefiner that `save_pretrained` wrote; `encoder`: the folder of an encoder of your own."
     note = read_note(folder)
@@ -323,12 +330,12 @@ def from_pretrained(folder, encoder=""):
     return TextRefiner(system, note["steps"], None if note["kept"] is None else torch.tensor(note["kept"]),
                        note["facts"])
 
-# %% ../nbs/65_refine.ipynb #c26
+# %% ../nbs/65_refine.ipynb #c27
 def check_target(target):
     "What is wrong with a target, a phrase, or None."
     return text_error(target) if isinstance(target, str) else "not a text"
 
-# %% ../nbs/65_refine.ipynb #c27
+# %% ../nbs/65_refine.ipynb #c28
 def read_drafts(path, tokenizer, strict=False):
     """(rows, skipped) of a file of drafts, `-` for standard input: dicts with `line`, `prompt`, `draft`,
     `target` or None; and messages of skipped lines."""
@@ -351,7 +358,7 @@ def read_drafts(path, tokenizer, strict=False):
     if not rows: raise StudyError(f"{path}: no usable draft" + "".join(f"\n{line}" for line in skipped[:20]))
     return rows, skipped
 
-# %% ../nbs/65_refine.ipynb #c28
+# %% ../nbs/65_refine.ipynb #c29
 def input_bytes(): return getattr(sys.stdin, "buffer", sys.stdin).read()
 
 
@@ -371,7 +378,7 @@ def read_text(path):
         where = "standard input" if path == "-" else path
         raise StudyError(f"{where}: cannot be read ({error}); give a text in UTF-8") from error
 
-# %% ../nbs/65_refine.ipynb #c29
+# %% ../nbs/65_refine.ipynb #c30
 def refined_lines(path):
     "The lines of a file of refined drafts, dicts; StudyError for anything else."
     try:
@@ -397,7 +404,7 @@ def refine_file(system, rows, target, seed=1337, size=32):
         write_text(target, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in done))
     return len(rows) - len(same)
 
-# %% ../nbs/65_refine.ipynb #c31
+# %% ../nbs/65_refine.ipynb #c32
 def widget(system, prompt="Ann went to the market. It began to rain.",
            draft="She her umbrella at home. She got wet."):
     "An ipywidgets box that refines what is typed into it."
@@ -412,7 +419,7 @@ def widget(system, prompt="Ann went to the market. It began to rain.",
     refine()
     return ipywidgets.VBox([*boxes, button, shown])
 
-# %% ../nbs/65_refine.ipynb #c33
+# %% ../nbs/65_refine.ipynb #c34
 def refine_command(open_study, given):
     "Carry out `latentrefine refine`: one draft, a file of drafts, or a text; `open_study()` gives the study."
     if uses_pretrained(given.system, given.preset, given.out, given.settings):
@@ -426,7 +433,7 @@ def refine_command(open_study, given):
     elif given.text: refine_text_command(system, tokenizer, given)
     else: refine_one_command(system, given)
 
-# %% ../nbs/65_refine.ipynb #c34
+# %% ../nbs/65_refine.ipynb #c35
 def refine_one_command(system, given):
     "Carry out `latentrefine refine --prompt --draft`."
     prompt, draft = (sys.stdin.read().strip() if text == "-" else text
@@ -445,7 +452,7 @@ def refine_one_command(system, given):
     sample = dict(prompt=prompt, draft=draft, target="", tokens=tokens)
     write_samples_page(user_path(given.html), "Refined draft", [sample])
 
-# %% ../nbs/65_refine.ipynb #c35
+# %% ../nbs/65_refine.ipynb #c36
 def refine_drafts_command(system, tokenizer, given):
     "Carry out `latentrefine refine --drafts`; standard input is refined to standard output."
     rows, skipped = read_drafts(given.drafts, tokenizer, given.strict)
@@ -459,7 +466,7 @@ def refine_drafts_command(system, tokenizer, given):
     if printed: print(f"{new} drafts refined, {said}", file=sys.stderr)
     else: print(f"{new} of {len(rows)} drafts refined, {said}; written: {target}")
 
-# %% ../nbs/65_refine.ipynb #c36
+# %% ../nbs/65_refine.ipynb #c37
 def refine_text_command(system, tokenizer, given):
     "Carry out `latentrefine refine --text`: the refined text alone on standard output, or in `--write`."
     def refine(prompt, draft):

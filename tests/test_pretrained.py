@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import as_lines, call, refused
 
-from latentrefine import compact, refine, registry
+from latentrefine import compact, refine, registry, study
 from latentrefine.aligner import Aligner, AlignerConfig
 from latentrefine.autoencoder import Autoencoder, AutoencoderConfig
 from latentrefine.compact import PRETRAINED, save_compact
@@ -95,7 +95,7 @@ def test_weights_are_for_one_encoder(shipped, encoder, tiny_preset, monkeypatch)
     monkeypatch.setitem(registry.SYSTEMS, PRETRAINED, entry)
     def asked(result, preset): return {one.name for one in systems_of(results()[result], load_preset(preset))}
     assert PRETRAINED in asked("systems", "quick") and PRETRAINED not in asked("systems", tiny_preset)
-    assert PRETRAINED not in asked("realign", "quick")
+    assert not any(PRETRAINED in asked(result, "quick") for result in results() if result != "systems")
     other = load_encoder(load_preset(tiny_preset).encoder)
     with pytest.raises(StudyError, match="changes of the weights of encoder minilm"): entry.open(SimpleNamespace(encoder=other))
     opened = entry.open(SimpleNamespace(encoder=encoder))
@@ -170,6 +170,18 @@ def test_drafts_from_standard_input(shipped, tmp_path, monkeypatch):
         lines = said if not write else (tmp_path / "refined.jsonl").read_text()
         found, = map(json.loads, lines.splitlines())
         assert found["line"] == 1 and found["draft"] == "Ann got WET." and "WET" in found["refined"]
+
+
+def test_evaluate_drafts_without_a_study(shipped, tmp_path, monkeypatch):
+    "The default study scores drafts with the package's weights; the no-op, which it has not trained, is left out."
+    registry.load_chapters()
+    monkeypatch.delitem(registry.SYSTEMS, PRETRAINED, raising=False)
+    compact.register_pretrained()
+    monkeypatch.setitem(registry.SYSTEMS, PRETRAINED, registry.SYSTEMS.pop(PRETRAINED))
+    monkeypatch.setattr(study, "ROOT", shipped)
+    given = as_lines(tmp_path / "given.jsonl", [dict(prompt="It rained.", draft="Ann got WET.", target="Ann got wet.")])
+    code, said, err = call("evaluate", "--drafts", given)
+    assert code == 0 and PRETRAINED in said and "draft" in said and "no-op" not in said, err
 
 
 def test_the_weights_are_part_of_a_wheel():
