@@ -84,8 +84,8 @@ def add_refine(command):
                      help="a .jsonl file with prompt and draft in each line, not with --prompt; "
                      "- for standard input, refined to standard output")
     one.add_argument("--text", default="", metavar="FILE",
-                     help="a text of any length, - for standard input, refined sentence by sentence, each "
-                     "with the two before it as its prompt; the first is copied unless --prompt is given")
+                     help="a text of any length, - for standard input, refined a few sentences at a time, "
+                     "with the two before as their prompt; the first is copied unless --prompt is given")
     one.add_argument("--write", default="", metavar="FILE",
                      help="the refined file for --drafts and --text; one of drafts is resumed if it exists")
     one.add_argument("--html", default="", metavar="FILE", help="a page with a colour for each token")

@@ -6,9 +6,9 @@
 __all__ = ['FORMAT', 'CARD', 'Refined', 'checked', 'check_texts', 'keep_unknown', 'describe', 'TextRefiner', 'refine_texts',
            'offered_entry', 'as_refiner', 'refiner_of', 'own_system', 'uses_pretrained', 'own_or_pretrained',
            'load_pretrained', 'load', 'run_system', 'file_digests', 'save_pretrained', 'note_digest', 'read_note',
-           'saved_encoder', 'bare', 'from_pretrained', 'check_target', 'read_drafts', 'input_bytes', 'kept_input',
-           'read_text', 'refined_lines', 'refine_file', 'widget', 'refine_command', 'refine_one_command',
-           'refine_drafts_command', 'refine_text_command']
+           'saved_encoder', 'bare', 'from_pretrained', 'check_target', 'read_drafts', 'writer_of', 'refine_long',
+           'input_bytes', 'kept_input', 'read_text', 'refined_lines', 'refine_file', 'widget', 'refine_command',
+           'refine_one_command', 'refine_drafts_command', 'refine_text_command']
 
 # %% ../nbs/65_refine.ipynb #c02
 import hashlib
@@ -16,7 +16,7 @@ import importlib
 import json
 import sys
 import tempfile
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -358,7 +358,25 @@ def read_drafts(path, tokenizer, strict=False):
     if not rows: raise StudyError(f"{path}: no usable draft" + "".join(f"\n{line}" for line in skipped[:20]))
     return rows, skipped
 
-# %% ../nbs/65_refine.ipynb #c29
+# %% ../nbs/65_refine.ipynb #c30
+def writer_of(system):
+    "The refiner that writes texts: in place of a mixture over alignments, the best one; any other as it is."
+    one = getattr(system, "system", None)
+    if getattr(one, "variant", "") != "tokens": return system
+    return replace(system, system=replace(one, variant="hard tokens"))
+
+
+def refine_long(system, text, prompt="", seed=1337, tokenizer=None):
+    """The `Passage` of a text of any length. prompt: what precedes it, else its first sentence is copied.
+
+    tokenizer: that of the study, needed for a system of one's own."""
+    writer = writer_of(system)
+    def refine(before, draft):
+        found = run_system(writer, [before], [draft], seed)
+        return found.texts[0], not found.tokens or len(found.tokens[0]) < TARGET_SLOTS
+    return refine_passage(refine, text, tokenizer or system.system.encoder.tokenizer, prompt)
+
+# %% ../nbs/65_refine.ipynb #c31
 def input_bytes(): return getattr(sys.stdin, "buffer", sys.stdin).read()
 
 
@@ -378,7 +396,7 @@ def read_text(path):
         where = "standard input" if path == "-" else path
         raise StudyError(f"{where}: cannot be read ({error}); give a text in UTF-8") from error
 
-# %% ../nbs/65_refine.ipynb #c30
+# %% ../nbs/65_refine.ipynb #c32
 def refined_lines(path):
     "The lines of a file of refined drafts, dicts; StudyError for anything else."
     try:
@@ -404,7 +422,7 @@ def refine_file(system, rows, target, seed=1337, size=32):
         write_text(target, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in done))
     return len(rows) - len(same)
 
-# %% ../nbs/65_refine.ipynb #c32
+# %% ../nbs/65_refine.ipynb #c34
 def widget(system, prompt="Ann went to the market. It began to rain.",
            draft="She her umbrella at home. She got wet."):
     "An ipywidgets box that refines what is typed into it."
@@ -419,7 +437,7 @@ def widget(system, prompt="Ann went to the market. It began to rain.",
     refine()
     return ipywidgets.VBox([*boxes, button, shown])
 
-# %% ../nbs/65_refine.ipynb #c34
+# %% ../nbs/65_refine.ipynb #c36
 def refine_command(open_study, given):
     "Carry out `latentrefine refine`: one draft, a file of drafts, or a text; `open_study()` gives the study."
     if uses_pretrained(given.system, given.preset, given.out, given.settings):
@@ -433,7 +451,7 @@ def refine_command(open_study, given):
     elif given.text: refine_text_command(system, tokenizer, given)
     else: refine_one_command(system, given)
 
-# %% ../nbs/65_refine.ipynb #c35
+# %% ../nbs/65_refine.ipynb #c37
 def refine_one_command(system, given):
     "Carry out `latentrefine refine --prompt --draft`."
     prompt, draft = (sys.stdin.read().strip() if text == "-" else text
@@ -452,7 +470,7 @@ def refine_one_command(system, given):
     sample = dict(prompt=prompt, draft=draft, target="", tokens=tokens)
     write_samples_page(user_path(given.html), "Refined draft", [sample])
 
-# %% ../nbs/65_refine.ipynb #c36
+# %% ../nbs/65_refine.ipynb #c38
 def refine_drafts_command(system, tokenizer, given):
     "Carry out `latentrefine refine --drafts`; standard input is refined to standard output."
     rows, skipped = read_drafts(given.drafts, tokenizer, given.strict)
@@ -466,16 +484,13 @@ def refine_drafts_command(system, tokenizer, given):
     if printed: print(f"{new} drafts refined, {said}", file=sys.stderr)
     else: print(f"{new} of {len(rows)} drafts refined, {said}; written: {target}")
 
-# %% ../nbs/65_refine.ipynb #c37
+# %% ../nbs/65_refine.ipynb #c39
 def refine_text_command(system, tokenizer, given):
     "Carry out `latentrefine refine --text`: the refined text alone on standard output, or in `--write`."
-    def refine(prompt, draft):
-        found = run_system(system, [prompt], [draft], given.seed)
-        return found.texts[0], not found.tokens or len(found.tokens[0]) < TARGET_SLOTS
-    found = refine_passage(refine, read_text(given.text), tokenizer, given.prompt or "")
+    found = refine_long(system, read_text(given.text), given.prompt or "", given.seed, tokenizer)
     if given.write:
         with writing(user_path(given.write)) as scratch: scratch.write_bytes(found.text.encode())
     else: print(found.text, end="")
-    said = f"{found.sentences} sentences, {found.changed} changed, {found.copied} copied as they are"
+    said = f"{found.sentences} sentences, {found.copied} copied, {found.changed} groups changed"
     first = "" if given.prompt else " (the first has no prompt; --prompt gives what precedes the text)"
     print(said + first, file=sys.stderr)
