@@ -41,7 +41,7 @@ def pieces_of(text, tokenizer):
 OPENING = re.compile(r"""(?:[(\[{“‘$#]|(?:^|\s)["'])$""")        # what follows attaches
 COMPOUND, CONTRACTED = re.compile(r"\w-$"), re.compile(r"\w['’]$")
 CLITICS = ("s", "t", "re", "ll", "ve", "d", "m")
-SENTENCE_START = re.compile(r"""(?:^|[.!?…]["”’)\]]*)\s*$""")
+SENTENCE_START = re.compile(r"""(?:^|[.!?…]|\.["”’)\]]+)\s*$""")       # not after “Oh!”
 
 
 def attaches(written, word):
@@ -168,7 +168,7 @@ def prompt_of(sentences, tokenizer):
 
 # %% ../nbs/34_texts.ipynb #c23
 def refined_parts(refine, prompt, parts, tokenizer):
-    "The text of parts refined one by one; an end of sentence that is filled in behind any but the last is cut."
+    "The text of parts refined one by one; an end of sentence filled in behind any but the last is cut."
     new = [refined_part(refine, prompt, part, tokenizer) for part in parts]
     cut = (re.sub(r"[.!?…]+(\s*)$", r"\1", text) if not ENDED.search(part) else text
            for part, text in zip(parts[:-1], new))
@@ -187,7 +187,7 @@ def refined_part(refine, prompt, part, tokenizer):
     lead, tail = part[:len(part) - len(part.lstrip())], part[len(part.rstrip()):]
     return lead + text + tail
 
-
+# %% ../nbs/34_texts.ipynb #c24
 def refinable_parts(sentence, tokenizer):
     "The parts of a sentence, none if it has no words or holds what a system cannot read."
     if text_error(sentence) or not has_words(sentence): return []
@@ -197,7 +197,7 @@ def refinable_parts(sentence, tokenizer):
 
 def has_words(text): return any(one.isalnum() for one in text)
 
-# %% ../nbs/34_texts.ipynb #c24
+# %% ../nbs/34_texts.ipynb #c25
 def groups_of(sentences, tokenizer, most=3, alone=1):
     """Lists of sentences that are refined together: up to `most` that have room together, of one paragraph.
     What cannot be refined, and the first `alone` sentences with words, are groups of their own."""
@@ -210,7 +210,7 @@ def groups_of(sentences, tokenizer, most=3, alone=1):
         room, alone = room - size if size < ROOM else 0, alone - (words and alone > 0)
     return groups
 
-# %% ../nbs/34_texts.ipynb #c25
+# %% ../nbs/34_texts.ipynb #c26
 def refine_passage(refine, text, tokenizer, prompt=""):
     """The `Passage` of a text of any length.
 
