@@ -440,6 +440,8 @@ def widget(system, prompt="Ann went to the market. It began to rain.",
 # %% ../nbs/65_refine.ipynb #c36
 def refine_command(open_study, given):
     "Carry out `latentrefine refine`: one draft, a file of drafts, or a text; `open_study()` gives the study."
+    if sum(map(bool, (given.draft, given.drafts, given.text))) > 1:
+        raise StudyError("give one of --draft, --drafts and --text")
     if uses_pretrained(given.system, given.preset, given.out, given.settings):
         system = load_pretrained()
         if given.system != PRETRAINED:

@@ -1,6 +1,7 @@
 "The package's own refiner: by name, from a cold start, on texts of any length, and where it is absent or does not fit."
 import io
 import json
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -153,6 +154,22 @@ def test_a_prompt_for_the_first_sentence(shipped, tmp_path):
 def test_a_text_that_cannot_be_read(shipped, tmp_path, data, said):
     if data: (tmp_path / "text.txt").write_bytes(data)
     refused("refine", "--text", tmp_path / "text.txt", says=["text.txt", said])
+
+
+def test_one_thing_to_refine(shipped):
+    refused("refine", *SENTENCES, "--text", "-", says=["--draft", "--drafts", "--text"])
+
+
+LETTERS = [*"aÉ. \t😀'“”,-!?İﬁ한\u200b中ß\xa0…½\0", "e\u0301", "\r\n", "\n\n", "[MASK]", "[SEP]", "Don't", "umbrellas ", "It rained. ", "\ud800", "x" * 200]
+
+
+def test_any_text_is_refined(shipped):
+    "Whatever a text holds, it is refined without an error, and what stands before its first sentence stays."
+    refiner, gen = refine.load(PRETRAINED), random.Random(1)
+    for _ in range(40):
+        text = "".join(gen.choices(LETTERS, k=gen.randrange(60)))
+        found = refine.refine_long(refiner, text, gen.choice(["", "It rained. Ann ran.", "word " * 60]))
+        assert found.copied <= found.sentences and ("[SEP]" in found.text) >= ("[SEP]" in text)
 
 
 def test_empty_text(shipped, tmp_path):
