@@ -24,7 +24,7 @@ from rapidfuzz.distance import Levenshtein
 from .baselines.gpt2 import scoring_model
 from .basin import error_directions, half_radius, power_iteration_directions
 from .basin import probability_along, random_directions
-from .core import StudyError, generator, printable, provenance, save_rows, user_path
+from .core import TARGET_SLOTS, StudyError, generator, printable, provenance, save_rows, user_path
 from .drafts import clean_batch, with_drafts
 from .encoder import embed_texts
 from .measure import measure, row_of
@@ -157,8 +157,9 @@ def evaluation_name(source, label, name, dropout):
 def evaluation_row(study, name, system, batch, dropout, facts):
     """The row of a system on a batch with drafts:
     slot-wise metrics where it has logits, text metrics for every system."""
+    given = batch.draft_ids[:, :TARGET_SLOTS - 1]      # as texts, drafts leave a slot to the end marker
     prompts, drafts, targets = (from_slots(ids, study.tokenizer)
-                                for ids in (batch.prompt_ids, batch.draft_ids, batch.target_ids))
+                                for ids in (batch.prompt_ids, given, batch.target_ids))
     values, found = scored_texts(study, system, prompts, drafts, targets, study.seed)
     steps, width = 0, None
     if isinstance(system, TextRefiner):

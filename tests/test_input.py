@@ -120,6 +120,12 @@ def test_evaluate(trained, words, tmp_path):
     refused("evaluate", *words, "--stories", given, "--strict", says=["mine.jsonl", "line 9"])
 
 
+def test_evaluate_targets_longer_than_their_slots(words, tmp_path):
+    given = as_lines(tmp_path / "mine.jsonl", [dict(sentences=["Ann went out.", "It rained.", "She ran " * 20 + ".", "She fell.", "She got wet."])])
+    code, said, err = call("evaluate", *words, "--stories", given, "--dropout", "0")
+    assert code == 0 and "no-op" in said, err
+
+
 def test_evaluate_drafts(words, tmp_path):
     given = as_lines(tmp_path / "mine.jsonl", DRAFTS)
     code, said, err = call("evaluate", *words, "--drafts", given)
