@@ -11,7 +11,9 @@ def __getattr__(name):
     if name not in _OFFERED:
         raise AttributeError(f"latentrefine has no {name}; it offers {', '.join(_OFFERED)}")
     from importlib import import_module
-    return getattr(import_module(f"latentrefine.{_OFFERED[name]}"), name)
+
+    from .core import cold_start
+    with cold_start(): return getattr(import_module(f"latentrefine.{_OFFERED[name]}"), name)
 
 
 def __dir__(): return __all__

@@ -20,7 +20,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from .core import OF_THIS_STUDY, StudyError, printable, user_path
+from .core import OF_THIS_STUDY, StudyError, cold_start, printable, user_path
 
 # %% ../nbs/68_command.ipynb #c05
 EXAMPLES = """examples:
@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   latentrefine reproduce table3 training.prior.steps=400        one result, with one setting changed
   latentrefine reproduce --preset cpu --stories rocstories.csv -- --jobs 4
   latentrefine refine --prompt 'Ann went out. It rained.' --draft 'she her umbrella.'
+  latentrefine refine --text story.txt > refined.txt              a text of any length
   latentrefine evaluate --system my_system.py:build --stories my.csv --dropout 0.05"""
 
 
@@ -81,22 +82,27 @@ def add_refine(command):
     one.add_argument("--draft", default=None,
                      help="the text to refine, at most 31 word pieces; [MASK] marks a missing token")
     one.add_argument("--drafts", default="",
-                     help="a .jsonl file with prompt and draft in each line, not with --prompt")
+                     help="a .jsonl file with prompt and draft in each line, not with --prompt; "
+                     "- for standard input, refined to standard output")
+    one.add_argument("--text", default="", metavar="FILE",
+                     help="a text of any length, - for standard input, refined a few sentences at a time, "
+                     "with the two before as their prompt; the first is copied unless --prompt is given")
     one.add_argument("--write", default="", metavar="FILE",
-                     help="refined.jsonl for --drafts; an existing file is resumed")
+                     help="the refined file for --drafts and --text; one of drafts is resumed if it exists")
     one.add_argument("--html", default="", metavar="FILE", help="a page with a colour for each token")
     add_system(one)
 
-
+# %% ../nbs/68_command.ipynb #c09
 def add_system(parser):
     parser.add_argument("--system", default="re-aligned", metavar="NAME",
                         help="a registered system, in quotes where the name has "
-                        "a space, or FILE.py:FUNCTION of your own")
+                        "a space, FILE.py:FUNCTION of your own, or re-aligned:pretrained, the weights of the "
+                        "package")
     parser.add_argument("settings", nargs="*", metavar="FIELD=VALUE", help="overrides, such as flow_steps=8")
     parser.add_argument("--strict", action="store_true",
                         help="refuse a file with a bad row instead of skipping the row")
 
-# %% ../nbs/68_command.ipynb #c09
+# %% ../nbs/68_command.ipynb #c10
 def add_evaluate(command):
     one = command("evaluate",
                   "Score a system beside no-op, oracle and the re-aligned refiner, on any stories or on "
@@ -110,7 +116,7 @@ def add_evaluate(command):
     one.add_argument("--limit", type=int, default=None, help="score at most this many stories; else all")
     add_system(one)
 
-# %% ../nbs/68_command.ipynb #c10
+# %% ../nbs/68_command.ipynb #c11
 def add_benchmark(command):
     one = command("benchmark",
                   "Time a training step of every model and a call of every system, as a share of "
@@ -120,7 +126,7 @@ def add_benchmark(command):
     one.add_argument("--write", default="", metavar="FILE", help="write the table as CSV")
     one.epilog = "With --stories FILE also time and memory of reading 5,000, 20,000 and 45,000 stories."
 
-# %% ../nbs/68_command.ipynb #c11
+# %% ../nbs/68_command.ipynb #c12
 class Parser(argparse.ArgumentParser):
     "A parser whose messages are safe for a terminal."
     def _print_message(self, message, file=None): super()._print_message(printable(message or ""), file)
@@ -140,7 +146,7 @@ def parser():
     command("doctor", "Check the installation and an output folder; exit code 1 if something is wrong.")
     return main
 
-# %% ../nbs/68_command.ipynb #c13
+# %% ../nbs/68_command.ipynb #c14
 def split_words(words):
     "(targets, overrides) of positional words: an override holds `=`."
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
@@ -153,15 +159,15 @@ def absolute(path, names=()):
 
 def absolute_paths(given):
     "Make the path options of parsed arguments absolute, the file of a system of one's own included."
-    for name in ("out", "drafts", "references", "write", "html", "other"):
-        if getattr(given, name, ""): setattr(given, name, absolute(getattr(given, name)))
+    for name in ("out", "drafts", "text", "references", "write", "html", "other"):
+        if getattr(given, name, ""): setattr(given, name, absolute(getattr(given, name), ("-",)))
     given.stories = absolute(given.stories, ("embedded", "rocstories"))
     if given.preset.endswith((".yaml", ".yml")): given.preset = absolute(given.preset)
     if ".py" in getattr(given, "system", ""):
         file, colon, function = given.system.partition(":")
         given.system = f"{absolute(file)}{colon}{function}"
 
-# %% ../nbs/68_command.ipynb #c14
+# %% ../nbs/68_command.ipynb #c15
 def absolute_override(override):
     """An override of `plugins`, `encoder` or `gpt2` with paths taken from where the command was called;
     any other, and a name that is no path there, as it is."""
@@ -174,7 +180,7 @@ def absolute_override(override):
     listed = paths if isinstance(paths, list) else [paths]
     return f"plugins={json.dumps([absolute(str(path)) for path in listed])}"
 
-# %% ../nbs/68_command.ipynb #c15
+# %% ../nbs/68_command.ipynb #c16
 def study_of(given, overrides, own_stories=True):
     "The study that parsed arguments name."
     from latentrefine.study import SOURCES, Study
@@ -188,7 +194,7 @@ def study_of(given, overrides, own_stories=True):
     own = [absolute_override(one) for one in overrides]
     return Study(given.preset, stories if own_stories else "", given.out, given.seed, given.seeds, own)
 
-# %% ../nbs/68_command.ipynb #c16
+# %% ../nbs/68_command.ipynb #c17
 BOUNDS = dict(seed=(0, 2 ** 31 - 1), seeds=(0, 1000), cores=(1, 4096), limit=(1, 10 ** 9))
 
 
@@ -206,7 +212,7 @@ def check_files(given):
         same = [other for other in files if other != name and files[other].resolve() == path.resolve()]
         if same: raise StudyError(f"--{name} {path}: is the file of --{same[0]}; give it another name")
 
-# %% ../nbs/68_command.ipynb #c17
+# %% ../nbs/68_command.ipynb #c18
 def check_bounds(given):
     "StudyError for a number out of its range, and for training seeds where none is trained."
     for name, (low, high) in BOUNDS.items():
@@ -217,7 +223,7 @@ def check_bounds(given):
     if given.seeds and given.command in ("refine", "evaluate", "benchmark"):
         raise StudyError(f"--seeds: {given.command} uses the models of one seed; give it as --seed")
 
-# %% ../nbs/68_command.ipynb #c18
+# %% ../nbs/68_command.ipynb #c19
 def check_inputs(study):
     "StudyError if stories, encoder or GPT-2 of the preset are a path where nothing is."
     from latentrefine.core import ROOT
@@ -230,7 +236,7 @@ def check_inputs(study):
         if not name or name.startswith(("/", ".", "~")) and not (ROOT / name).is_dir():
             raise StudyError(f"{field} {name!r}: no such folder; check the path, or give the name of a model")
 
-# %% ../nbs/68_command.ipynb #c19
+# %% ../nbs/68_command.ipynb #c20
 ELSEWHERE = ("--executor", "-e", "--profile")      # options of Snakemake for other machines
 
 
@@ -242,7 +248,7 @@ def check_cost(study, targets, cores):
     check_memory(study, models, cores)
     check_time(study, models, cores)
 
-# %% ../nbs/68_command.ipynb #c20
+# %% ../nbs/68_command.ipynb #c21
 def do_reproduce(given, more):
     from latentrefine.doctor import check_room
     from latentrefine.reproduce import DRY_RUN, reproduce
@@ -261,7 +267,7 @@ def do_reproduce(given, more):
     if not targets and (committed_of(study) / "tables").is_dir():
         say_compared(study, committed_of(study), most=5)
 
-# %% ../nbs/68_command.ipynb #c21
+# %% ../nbs/68_command.ipynb #c22
 def group_results(study, group):
     "Names of the results of a group that the preset makes; StudyError for an unknown group."
     from latentrefine.measure import results_of
@@ -275,7 +281,7 @@ def do_render(given, more):
     study = study_of(given, ())
     print(f"{', '.join(render(study, given.targets))} rendered; open {study.out / 'report.html'}")
 
-# %% ../nbs/68_command.ipynb #c22
+# %% ../nbs/68_command.ipynb #c23
 def do_plan(given, more):
     from latentrefine.reproduce import due_nodes, nodes, targets_of
     targets, overrides = split_words(given.targets)
@@ -286,7 +292,7 @@ def do_plan(given, more):
     for name, node in graph.items(): print(f"{'due ' if name in due else '    '} {name:40} {node.notebook}")
     print(f"{len(due)} of {len(graph)} nodes are due")
 
-# %% ../nbs/68_command.ipynb #c23
+# %% ../nbs/68_command.ipynb #c24
 def do_tables(given, more):
     from latentrefine.measure import results
     study = study_of(given, ())
@@ -300,7 +306,7 @@ def do_tables(given, more):
             raise StudyError(f"table {name}: not in {folder}, which has {', '.join(known)}; {remedy}")
         print(f"\n{name}\n\n{printable((folder / f'{name}.md').read_text(encoding='utf-8'))}")
 
-# %% ../nbs/68_command.ipynb #c24
+# %% ../nbs/68_command.ipynb #c25
 def committed_of(study):
     "The folder of the committed run of a study's preset."
     from latentrefine.core import ROOT
@@ -325,7 +331,7 @@ def do_compare(given, more):
     other = Path(given.other) if given.other else committed_of(study)
     return 1 if say_compared(study, other) else 0
 
-# %% ../nbs/68_command.ipynb #c25
+# %% ../nbs/68_command.ipynb #c26
 def do_publish(given, more):
     from latentrefine.compare import publish
     from latentrefine.measure import results_of
@@ -334,24 +340,24 @@ def do_publish(given, more):
                if not (study.out / "answers" / f"{name}.json").exists()]
     print(f"{publish(study.out, committed_of(study), missing)}: published; look at it with git status")
 
-# %% ../nbs/68_command.ipynb #c26
+# %% ../nbs/68_command.ipynb #c27
 def do_refine(given, more):
-    from latentrefine.refine import refine_command
+    with cold_start(): from latentrefine.refine import refine_command
     if given.out.endswith(".jsonl"): given.write, given.out = given.out, ""      # --out names the file
-    refine_command(study_of(given, given.settings, own_stories=False), given)
+    refine_command(lambda: study_of(given, given.settings, own_stories=False), given)
 
 
 def do_evaluate(given, more):
     from latentrefine.evaluation import evaluate_command
     evaluate_command(study_of(given, given.settings, own_stories=False), given)
 
-# %% ../nbs/68_command.ipynb #c27
+# %% ../nbs/68_command.ipynb #c28
 def do_benchmark(given, more):
     from latentrefine.benchmark import benchmark_command
     study = study_of(given, given.settings)      # checks preset, stories and overrides
     benchmark_command(study.preset_path, study.overrides, given.write, given.stories)
 
-# %% ../nbs/68_command.ipynb #c28
+# %% ../nbs/68_command.ipynb #c29
 def do_doctor(given, more):
     from latentrefine.doctor import doctor
     def stale(study, targets):
@@ -359,12 +365,12 @@ def do_doctor(given, more):
         return stale_nodes(study, targets)
     return doctor(lambda: study_of(given, ()), stale)
 
-# %% ../nbs/68_command.ipynb #c29
+# %% ../nbs/68_command.ipynb #c30
 COMMANDS = dict(reproduce=do_reproduce, render=do_render, plan=do_plan, tables=do_tables, refine=do_refine,
                 evaluate=do_evaluate, benchmark=do_benchmark, doctor=do_doctor,
                 compare=do_compare, publish=do_publish)
 
-# %% ../nbs/68_command.ipynb #c30
+# %% ../nbs/68_command.ipynb #c31
 OTHER_STORIES = ("refine", "evaluate")      # whose --stories are not those that the study trains on
 
 
@@ -383,7 +389,7 @@ def say(kind, text, given=None):
     text = str(text).replace(OF_THIS_STUDY, as_typed(given) if given else OF_THIS_STUDY)
     print(f"latentrefine: {kind}: {printable(text)}", file=sys.stderr)
 
-# %% ../nbs/68_command.ipynb #c31
+# %% ../nbs/68_command.ipynb #c32
 def say_warning(others):
     "A function for `warnings.showwarning` that prints warnings of the package; `others` shows all other."
     def show(message, category, filename, *more):
@@ -391,7 +397,7 @@ def say_warning(others):
         else: others(message, category, filename, *more)
     return show
 
-# %% ../nbs/68_command.ipynb #c32
+# %% ../nbs/68_command.ipynb #c33
 def main(arguments=None):
     "The command `latentrefine`: exit code 0, 2 for a user's error, 130 for Ctrl-C."
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -417,7 +423,7 @@ def main(arguments=None):
         return 130
     return 0        # the reader has left
 
-# %% ../nbs/68_command.ipynb #c33
+# %% ../nbs/68_command.ipynb #c34
 def run(given, more):
     "Carry out parsed arguments; returns the exit code, None for 0."
     if sys.flags.optimize > 1:

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['ROOT', 'PROMPT_SLOTS', 'TARGET_SLOTS', 'VOCAB', 'PAD', 'UNK', 'CLS', 'SEP', 'MASK', 'OF_THIS_STUDY', 'MODES',
            'VERSIONED', 'ROW_FIELDS', 'StudyError', 'user_path', 'printable', 'Batch', 'RefineOutput', 'System',
-           'check_mode', 'generator', 'story_noise', 'device', 'fast_precision', 'autocast', 'remove_partial_files',
-           'writing', 'write_text', 'versions', 'hardware', 'commit', 'provenance', 'save_rows', 'load_rows']
+           'check_mode', 'generator', 'story_noise', 'cold_start', 'device', 'chunk_size', 'fast_precision', 'autocast',
+           'remove_partial_files', 'writing', 'write_text', 'versions', 'hardware', 'commit', 'provenance', 'save_rows',
+           'load_rows']
 
 # %% ../nbs/00_core.ipynb #c02
+import gc
 import hashlib
 import json
 import math
@@ -16,6 +18,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from glob import escape
@@ -149,12 +152,30 @@ def story_noise(batch, width, seed):
     return torch.stack([torch.randn(TARGET_SLOTS, width, generator=stream) for stream in streams])
 
 # %% ../nbs/00_core.ipynb #c23
+@contextmanager
+def cold_start():
+    "A context for the first imports, without garbage collection; what they create is not searched at exit."
+    cold = "torch" not in sys.modules and gc.isenabled()
+    if cold: gc.disable()
+    try: yield
+    finally:
+        if cold:
+            gc.freeze()
+            gc.enable()
+
+# %% ../nbs/00_core.ipynb #c26
 def device():
     "The GPU if there is one, else the CPU."
     import torch
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def chunk_size():
+    """Stories a chunk.
+    On a CPU the logits of 8 stories stay below 32 MiB, above which glibc returns memory to the system."""
+    return 128 if device().type == "cuda" else 8
+
+# %% ../nbs/00_core.ipynb #c27
 def fast_precision(precision):
     "`precision`, or \"float32\" for bfloat16 on an x86 processor without bfloat16 instructions."
     import torch
@@ -171,7 +192,7 @@ def autocast(precision):
     if precision == "bfloat16": return torch.autocast(device().type, torch.bfloat16)
     raise StudyError(f"precision: {precision!r} is not known; use float32 or bfloat16")
 
-# %% ../nbs/00_core.ipynb #c26
+# %% ../nbs/00_core.ipynb #c30
 def remove_partial_files(path):
     "Remove temporary files of `path` whose process was killed; those of a running process stay."
     for scratch in Path(path).parent.glob(f".{escape(Path(path).name[:60])}.*.partial"):
@@ -197,12 +218,12 @@ def writing(path):
     finally:
         with suppress(OSError): scratch.unlink()
 
-# %% ../nbs/00_core.ipynb #c27
+# %% ../nbs/00_core.ipynb #c31
 def write_text(path, text):
     "Write `text` (UTF-8) to `path` atomically."
     with writing(path) as scratch: scratch.write_text(text, encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #c31
+# %% ../nbs/00_core.ipynb #c35
 VERSIONED = ("latentrefine", "torch", "transformers", "numpy", "POT", "mauve-text")
 
 
@@ -225,7 +246,7 @@ def hardware():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores, {gpu}"
 
-# %% ../nbs/00_core.ipynb #c32
+# %% ../nbs/00_core.ipynb #c36
 def commit():
     "The checkout's commit (12 hex digits), with `+` if code has changed since; `unknown` outside git."
     def git(*words):
@@ -237,7 +258,7 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
-# %% ../nbs/00_core.ipynb #c33
+# %% ../nbs/00_core.ipynb #c37
 ROW_FIELDS = ("system", "encoder", "width", "dropout", "split", "n", "seed", "steps")
 
 
@@ -260,7 +281,7 @@ def save_rows(path, rows, run):
         whole.append({**row, **run})
     write_text(path, json.dumps(whole, indent=1) + "\n")
 
-# %% ../nbs/00_core.ipynb #c34
+# %% ../nbs/00_core.ipynb #c38
 def load_rows(path):
     "Read the rows that `save_rows` wrote; StudyError if the file is absent or damaged."
     path = Path(path)

@@ -24,17 +24,18 @@ from rapidfuzz.distance import Levenshtein
 from .baselines.gpt2 import scoring_model
 from .basin import error_directions, half_radius, power_iteration_directions
 from .basin import probability_along, random_directions
-from .core import StudyError, generator, printable, provenance, save_rows, user_path
+from .core import TARGET_SLOTS, StudyError, generator, printable, provenance, save_rows, user_path
 from .drafts import clean_batch, with_drafts
 from .encoder import embed_texts
 from .measure import measure, row_of
 from .recoverability import Recoverability
-from .refine import TextRefiner, as_refiner, own_system, read_drafts, refiner_of, run_system
+from .refine import TextRefiner, as_refiner, own_or_pretrained, own_system, read_drafts
 from .refiner import oracle
 from .registry import MAIN_RATE, draft_rates, entry_of, percent
 from .report import narrow
 
 # %% ../nbs/66_evaluation.ipynb #c03
+from .refine import refiner_of, run_system
 from .stories import from_slots, read_stories, slot_stories, text_hash, words
 
 # %% ../nbs/66_evaluation.ipynb #c04
@@ -101,14 +102,14 @@ def unseen_stories(study, source, limit, strict):
     return stories, len(given) - len(stories), skipped or []
 
 # %% ../nbs/66_evaluation.ipynb #c11
-def compared_systems(study, name, dropout):
+def compared_systems(study, name, dropout, needed=("no-op",)):
     """The systems of an evaluation by name: no-op, re-aligned and the one asked for;
-    a missing re-aligned system is left out."""
+    one that is missing and not among the `needed` is left out."""
     found = {}
     for one in dict.fromkeys(("no-op", "re-aligned", name)):
         try: found[one] = opened_at(study, one, dropout)
         except StudyError:
-            if one == name or one == "no-op": raise
+            if one in (name, *needed): raise
     return found
 
 
@@ -158,8 +159,9 @@ def evaluation_name(source, label, name, dropout):
 def evaluation_row(study, name, system, batch, dropout, facts):
     """The row of a system on a batch with drafts:
     slot-wise metrics where it has logits, text metrics for every system."""
+    given = batch.draft_ids[:, :TARGET_SLOTS - 1]      # as texts, drafts leave a slot to the end marker
     prompts, drafts, targets = (from_slots(ids, study.tokenizer)
-                                for ids in (batch.prompt_ids, batch.draft_ids, batch.target_ids))
+                                for ids in (batch.prompt_ids, given, batch.target_ids))
     values, found = scored_texts(study, system, prompts, drafts, targets, study.seed)
     steps, width = 0, None
     if isinstance(system, TextRefiner):
@@ -196,8 +198,9 @@ def evaluate_drafts(study, path, name="re-aligned", references="", strict=False)
     targets = [row["target"] for row in rows]
     targets = targets if all(target is not None for target in targets) else None
     real = read_references(references) if references else None
-    systems = {"draft": Unchanged(), **({} if ".py" in name else compared_systems(study, name, MAIN_RATE))}
+    name, systems = own_or_pretrained(study, name), {"draft": Unchanged()}
     if ".py" in name: systems.update(named_own_system(name))
+    else: systems.update(compared_systems(study, name, MAIN_RATE, needed=()))
     found = []
     for one, system in systems.items():
         values, refined = scored_texts(study, system, prompts, drafts, targets, study.seed)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_SIZES', 'TARGET_LENGTH', 'KEEP_LENGTH', 'FEWEST', 'FLOOR', 'PUBLISHED', 'MAUVE', 'TEXT_VALUES', 'TELLING',
-           'COMMON', 'RESULTS', 'FROM_OUTSIDE', 'chunk_size', 'real_latents', 'measure', 'paper_preset', 'describe_run',
-           'row_of', 'shares_latents', 'measure_system', 'measure_oracle', 'training_cost', 'inference_parameters',
+           'COMMON', 'RESULTS', 'FROM_OUTSIDE', 'real_latents', 'measure', 'paper_preset', 'describe_run', 'row_of',
+           'shares_latents', 'measure_system', 'measure_oracle', 'training_cost', 'inference_parameters',
            'missing_columns', 'over_seeds', 'add_intervals', 'add_gain', 'floor_of', 'verdict', 'published',
            'beside_published', 'text_row', 'continuations', 'other_stories', 'scoring_of', 'TextEvaluator',
            'text_table', 'syntax', 'code_cells', 'names_bound', 'names_used', 'reached', 'modules_of', 'code_digest',
@@ -33,8 +33,8 @@ import torch
 import yaml
 
 from .baselines.gpt2 import continue_prompts, hub_continuations, load_gpt2, scoring_model
-from .core import (OF_THIS_STUDY, ROOT, StudyError, device, load_rows, provenance, save_rows,
-                               write_text, writing)
+from .core import (OF_THIS_STUDY, ROOT, StudyError, chunk_size, device, load_rows, provenance,
+                               save_rows, write_text, writing)
 from .encoder import embed_texts
 from .presets import load_preset
 
@@ -48,12 +48,6 @@ from .textmetrics import against_floor, cached_embedding, samples, text_metrics,
 from .training import read_model
 
 # %% ../nbs/62_measure.ipynb #c06
-def chunk_size():
-    """Stories a chunk.
-    On a CPU the logits of 8 stories stay below 32 MiB, above which glibc returns memory to the system."""
-    return 128 if device().type == "cuda" else 8
-
-
 def real_latents(states, project, mask):
     """Latents [valid slots, width] of the clean target states of `states` [stories, 64, encoder width]
     in the slots of `mask` [stories, 32]."""
@@ -417,14 +411,16 @@ def results():
 
 
 def systems_of(entry, preset=None):
-    """Entries of the systems that a result opens: by name, by `family:NAME`,
-    or `compared`, those of the cross-system table; of the preset's families if it is given."""
+    """Entries of the systems that a result opens: by name, by `family:NAME`, `compared`, or `pretrained`,
+    those bound to one encoder; the last two of the preset's families and encoder if it is given."""
     asked = entry.get("systems", [])
     def wanted(system):
-        named = system.name in asked or f"family:{system.family}" in asked
-        left_out = preset and system.family not in preset.families
-        return named or "compared" in asked and system.compared and not left_out
-    unknown = [name for name in asked if name not in SYSTEMS and name != "compared"
+        named = system.name in asked or f"family:{system.family}" in asked and not system.encoder
+        left_out = preset and (system.family not in preset.families
+                               or system.encoder not in ("", preset.encoder))
+        kinds = dict(compared=system.compared, pretrained=system.encoder)
+        return named or any(kinds[name] for name in kinds if name in asked) and not left_out
+    unknown = [name for name in asked if name not in (*SYSTEMS, "compared", "pretrained")
                and not name.startswith("family:")]
     if unknown: raise ValueError(f"results.yaml, {entry['name']}: no system {', '.join(unknown)}")
     return [system for system in SYSTEMS.values() if wanted(system)]

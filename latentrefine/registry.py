@@ -68,6 +68,7 @@ class SystemEntry:
     offered: bool = True          # whether the command line offers it
     rates: str = "all"            # training dropout rates: none, main (5 %), each (a model a rate), all
     uses: tuple = ("draft",)      # what an output depends on beside the prompt: draft, length, seed
+    encoder: str = ""             # the only encoder that it can be opened with; "": any
     start_needs_alignment: bool = False    # it copies a START draft: displaced tokens say nothing of it
 
 # %% ../nbs/06_registry.ipynb #c12

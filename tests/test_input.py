@@ -25,6 +25,7 @@ from latentrefine.study import Study
 from latentrefine.training import save_model
 
 load_chapters()
+SYSTEMS = {name: entry for name, entry in SYSTEMS.items() if not entry.encoder}      # any encoder will do
 SENTENCES = ("--prompt", "Ann went out. It rained.", "--draft", "she her umbrella.")
 
 
@@ -117,6 +118,12 @@ def test_evaluate(trained, words, tmp_path):
     assert all(row["evaluated"] == "mine.jsonl" and row["split"] == "file" for row in rows)
     assert not [f for row in rows for f in (*ROW_FIELDS, *PROVENANCE) if f not in row] and str(tmp_path) not in written.read_text()
     refused("evaluate", *words, "--stories", given, "--strict", says=["mine.jsonl", "line 9"])
+
+
+def test_evaluate_targets_longer_than_their_slots(words, tmp_path):
+    given = as_lines(tmp_path / "mine.jsonl", [dict(sentences=["Ann went out.", "It rained.", "She ran " * 20 + ".", "She fell.", "She got wet."])])
+    code, said, err = call("evaluate", *words, "--stories", given, "--dropout", "0")
+    assert code == 0 and "no-op" in said, err
 
 
 def test_evaluate_drafts(words, tmp_path):

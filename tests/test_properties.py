@@ -76,8 +76,8 @@ def test_any_override_is_checked_or_refused(place, value):
     with contextlib.suppress(StudyError): load_preset("quick", [f"{place}={value}"])
 
 
-OPTIONS = ("--preset", "--stories", "--out", "--drafts", "--write", "--html", "--references", "--system", "--prompt", "--draft", "--seed", "--limit",
-           "--dropout", "--seeds", "--cores")
+OPTIONS = ("--preset", "--stories", "--out", "--drafts", "--write", "--html", "--references", "--system", "--prompt", "--draft", "--text", "--seed",
+           "--limit", "--dropout", "--seeds", "--cores")
 
 
 @given(st.sampled_from(["tables", "refine", "evaluate", "plan"]), st.lists(st.tuples(st.sampled_from(OPTIONS), ANY | st.integers().map(str)), min_size=1, max_size=3))
