@@ -132,14 +132,14 @@ def test_gaps_put_every_token_back_where_it_was(batch, dropout, seed):
 
 
 @given(targets(), st.booleans(), st.booleans(), st.integers(0, 2 ** 31))
-def test_every_target_slot_has_one_source(batch, given_length, deleting, seed):
+def test_every_target_slot_has_one_source(batch, given_length, edited, seed):
     "The probabilities of its sources sum to 1 before the target's end, and to 0 behind it."
     gen = torch.Generator().manual_seed(seed)
     ids, mask = pack(batch.target_ids, keep_mask(batch.target_ids, batch.target_mask, .3, gen))
     ended, length = ((ids == SEP) & mask).any(1), batch.target_mask.sum(1)
     gaps = torch.randn(len(ids), 33, 4, generator=gen).log_softmax(-1)
-    keeps = torch.randn(len(ids), 32, 2, generator=gen).log_softmax(-1) if deleting else None
-    found = align(gaps, mask, ended, length * given_length, keeps)
+    edits = torch.randn(len(ids), 32, 3, generator=gen).log_softmax(-1) if edited else None
+    found = align(gaps, mask, ended, length * given_length, edits)
     assert found.within.max() < 1 + 1e-4 and found.reads.min() >= 0 and found.fills.min() >= 0
     assert (found.within.diff(dim=1) < 1e-4).all()                        # the target ends once
     reachable = length <= mask.sum(1) + 3 * (mask.sum(1) + (~ended))

@@ -16,6 +16,7 @@ from latentrefine.encoder import Corpus
 from latentrefine.flow import flow_loss
 from latentrefine.measure import models_for, results, shares_latents
 from latentrefine.presets import load_preset
+from latentrefine.realign import DELETED
 from latentrefine.realigned import open_mixed
 from latentrefine.recoverability import token_scores
 from latentrefine.refiner import DCLR, oracle
@@ -322,8 +323,8 @@ def test_every_aligner_gets_the_same_length_facts(systems, study, name):
     have, length = drafts.draft_mask.sum(1), drafts.target_mask.sum(1)
     totals = {}
     for case, batch in dict(hidden=replace(drafts, length=hidden), unknown=drafts, known=drafts.with_known_length()).items():
-        _, soft, gaps, kept, _ = systems[name].find(batch)
-        totals[case] = kept.sum(1) + gaps.sum(1)
+        _, soft, gaps, edits, _ = systems[name].find(batch)
+        totals[case] = (edits != DELETED).sum(1) + gaps.sum(1)
         if case == "known": assert torch.allclose(soft.within.sum(1), length.float(), atol=1e-3)
     cut = ~((drafts.draft_ids == SEP) & drafts.draft_mask).any(1)
     assert cut.any() and not torch.equal(totals["hidden"], totals["known"])
