@@ -82,6 +82,7 @@ def compare(committed, mine):
     and outcome. Results that `mine` has not are left out; StudyError if the two share none."""
     committed, mine = Path(committed), Path(mine)
     names = [path.stem for path in sorted((committed / "tables").glob("*.csv"))]
+    if not names: raise StudyError(f"{committed}: holds no tables; give --with the folder of a run")
     shared = [name for name in names if (mine / "tables" / f"{name}.json").exists()]
     if not shared:
         raise StudyError(f"{mine} and {committed}: no result in common; make them with: latentrefine "

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SHOWN', 'SHOWN_DRAFTS', 'aligned_equal', 'text_scores', 'scored_texts', 'perplexity_of', 'unseen_stories',
-           'compared_systems', 'named_own_system', 'opened_at', 'evaluate', 'evaluation_name', 'evaluation_row',
-           'rates_of', 'oracle_row', 'evaluate_drafts', 'read_references', 'Unchanged', 'mauve_of', 'basin_profile',
-           'basin_figure', 'evaluate_command']
+           'compared_systems', 'named_own_system', 'opened_at', 'evaluate', 'evaluation_name', 'fitting',
+           'evaluation_row', 'rates_of', 'oracle_row', 'evaluate_drafts', 'read_references', 'Unchanged', 'mauve_of',
+           'basin_profile', 'basin_figure', 'evaluate_command']
 
 # %% ../nbs/66_evaluation.ipynb #c02
 import hashlib
@@ -24,7 +24,8 @@ from rapidfuzz.distance import Levenshtein
 from .baselines.gpt2 import scoring_model
 from .basin import error_directions, half_radius, power_iteration_directions
 from .basin import probability_along, random_directions
-from .core import TARGET_SLOTS, StudyError, generator, printable, provenance, save_rows, user_path
+from .core import PROMPT_SLOTS, TARGET_SLOTS, StudyError, generator, printable, provenance
+from .core import save_rows, user_path
 from .drafts import clean_batch, with_drafts
 from .encoder import embed_texts
 from .measure import measure, row_of
@@ -32,15 +33,15 @@ from .recoverability import Recoverability
 from .refine import TextRefiner, as_refiner, own_or_pretrained, own_system, read_drafts
 from .refiner import oracle
 from .registry import MAIN_RATE, draft_rates, entry_of, percent
-from .report import narrow
 
 # %% ../nbs/66_evaluation.ipynb #c03
 from .refine import refiner_of, run_system
+from .report import narrow
 from .stories import from_slots, read_stories, slot_stories, text_hash, words
 
 # %% ../nbs/66_evaluation.ipynb #c04
 from .study import EVALUATION_SEED, SOURCES, trained_on
-from .textmetrics import MAUVE_TEXTS, mauve_of_texts
+from .textmetrics import MAUVE_TEXTS, cut_to, mauve_of_texts, piece_counts
 
 # %% ../nbs/66_evaluation.ipynb #c07
 def aligned_equal(ids, target):
@@ -156,12 +157,25 @@ def evaluation_name(source, label, name, dropout):
     return "-".join(filter(None, (short, place, name, percent(dropout))))
 
 # %% ../nbs/66_evaluation.ipynb #c14
+def fitting(texts, most, tokenizer):
+    """The texts, each cut until it splits into at most `most` word pieces: a lone piece such as `##ing` is
+    split into more when it is read again."""
+    for length in range(most, 0, -1):
+        counts = piece_counts(texts, tokenizer)
+        if max(counts) <= most: break
+        texts = cut_to(texts, [count if count <= most else length for count in counts], tokenizer)
+    return texts
+
+# %% ../nbs/66_evaluation.ipynb #c15
 def evaluation_row(study, name, system, batch, dropout, facts):
     """The row of a system on a batch with drafts:
     slot-wise metrics where it has logits, text metrics for every system."""
-    given = batch.draft_ids[:, :TARGET_SLOTS - 1]      # as texts, drafts leave a slot to the end marker
     prompts, drafts, targets = (from_slots(ids, study.tokenizer)
-                                for ids in (batch.prompt_ids, given, batch.target_ids))
+                                for ids in (batch.prompt_ids, batch.draft_ids, batch.target_ids))
+    if empty := sum(not draft.strip() for draft in drafts):
+        raise StudyError(f"dropout {dropout}: {empty} of {len(drafts)} drafts have no word; lower --dropout")
+    prompts = fitting(prompts, PROMPT_SLOTS - 2, study.tokenizer)
+    drafts = fitting(drafts, TARGET_SLOTS - 1, study.tokenizer)
     values, found = scored_texts(study, system, prompts, drafts, targets, study.seed)
     steps, width = 0, None
     if isinstance(system, TextRefiner):
@@ -176,7 +190,7 @@ def evaluation_row(study, name, system, batch, dropout, facts):
         values |= {**scores.result(), "target_probability_low": low, "target_probability_high": high}
     return {**row_of(study, name, width, dropout, steps, values, split="file"), **facts, "length": "unknown"}
 
-# %% ../nbs/66_evaluation.ipynb #c15
+# %% ../nbs/66_evaluation.ipynb #c16
 def rates_of(study, name, dropout):
     "Dropout rates that a registered system was trained on."
     rates = entry_of(name).rates
@@ -190,7 +204,7 @@ def oracle_row(study, nothing, batch, dropout, facts):
     row = row_of(study, "oracle", study.full, dropout, 0, {**result, "layers": nothing.layers}, split="file")
     return {**row, **facts, "length": "the target's"}
 
-# %% ../nbs/66_evaluation.ipynb #c17
+# %% ../nbs/66_evaluation.ipynb #c18
 def evaluate_drafts(study, path, name="re-aligned", references="", strict=False):
     "(rows, messages) of the drafts as they are, the re-aligned system and `name` on a file of drafts."
     rows, skipped = read_drafts(path, study.tokenizer, strict)
@@ -208,7 +222,7 @@ def evaluate_drafts(study, path, name="re-aligned", references="", strict=False)
         found.append(dict(system=one, **values))
     return found, skipped
 
-# %% ../nbs/66_evaluation.ipynb #c18
+# %% ../nbs/66_evaluation.ipynb #c19
 def read_references(path):
     "The lines of a text file; StudyError if it cannot be read."
     try: return user_path(path).read_text(encoding="utf-8").splitlines()
@@ -221,7 +235,7 @@ class Unchanged:
     name = "draft"
     def refine(self, prompts, drafts, seed): return list(drafts)
 
-# %% ../nbs/66_evaluation.ipynb #c19
+# %% ../nbs/66_evaluation.ipynb #c20
 def mauve_of(study, texts, references):
     "MAUVE of texts against as many references; nothing for fewer than MAUVE_TEXTS of either."
     pairs = list(zip(texts, references))
@@ -229,10 +243,10 @@ def mauve_of(study, texts, references):
     def embed(part): return embed_texts(study.encoder, part)
     return dict(mauve=mauve_of_texts(*map(list, zip(*pairs)), embed, study.tokenizer)["mauve"])
 
-# %% ../nbs/66_evaluation.ipynb #c21
+# %% ../nbs/66_evaluation.ipynb #c22
 NORMS = (0., .1, .2, .3, .4, .5, .6, .8, 1., 1.3, 1.7, 2.2, 3.)
 
-# %% ../nbs/66_evaluation.ipynb #c22
+# %% ../nbs/66_evaluation.ipynb #c23
 @torch.no_grad()
 def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, slots=256):
     """(table, figure) of the readable basin of a latent space.
@@ -257,7 +271,7 @@ def basin_profile(encode, decode, texts, generated=None, seed=EVALUATION_SEED, s
     rows = [dict(direction=name, half_radius=radii[name], unmoved=curve[0]) for name, curve in curves.items()]
     return pd.DataFrame(rows).assign(slots=len(real)), basin_figure(curves)
 
-# %% ../nbs/66_evaluation.ipynb #c23
+# %% ../nbs/66_evaluation.ipynb #c24
 def basin_figure(curves):
     "Probability of the decoded token over the relative norm of the displacement, a curve a direction."
     figure, axis = plt.subplots(figsize=(5, 3))
@@ -266,13 +280,13 @@ def basin_figure(curves):
     axis.set_ylim(0, 1); axis.legend()
     return figure
 
-# %% ../nbs/66_evaluation.ipynb #c26
+# %% ../nbs/66_evaluation.ipynb #c27
 SHOWN = ("system", "target_probability", "top1", "ce", "aligned_accuracy", "exact_match", "edits_to_target",
          "n")
 SHOWN_DRAFTS = ("system", "aligned_accuracy", "exact_match", "edits_to_target", "edits_to_draft", "ppl",
                 "mauve", "n")
 
-# %% ../nbs/66_evaluation.ipynb #c27
+# %% ../nbs/66_evaluation.ipynb #c28
 def evaluate_command(study, given):
     "Carry out `latentrefine evaluate`."
     if given.drafts:

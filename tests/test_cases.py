@@ -107,6 +107,32 @@ def test_inputs_that_are_not_there_are_told_before_anything_runs(tiny_preset, tm
     assert not (tmp_path / "o").exists()
 
 
+def test_options_without_an_effect_are_refused(words, tmp_path):
+    "One of two options was read, the other was not, without a word."
+    given = as_lines(tmp_path / "s.jsonl", [line_of(*STORY)])
+    drafts = as_lines(tmp_path / "d.jsonl", [dict(prompt="A.", draft="b.")])
+    refused("evaluate", *words, "--stories", given, "--drafts", drafts, says=["--drafts and --stories"])
+    refused("evaluate", *words, "--limit", 1, "--drafts", drafts, says=["--drafts and --limit"])
+    refused("evaluate", *words, "--stories", given, "--references", given, says=["--references"])
+    refused("refine", *words, "--drafts", drafts, "--prompt", "A.", says=["--drafts and --prompt"])
+    refused("refine", *words, "--prompt", "A.", "--draft", "b.", "--stories", given, says=["--stories"])
+    refused("refine", "--preset", words[1], "--out", drafts.rename(tmp_path / "d.txt"), "--prompt", "A.", "--draft", "b.", says=["is a file; give a folder"])
+    refused("compare", *words, "--with", tmp_path / "none", says=["holds no tables", "--with"])
+
+
+def test_drafts_that_are_longer_when_read_again_are_scored(trained, words, tmp_path):
+    "A lone piece such as ##ing is split into three; drafts without a word are told as such."
+    from latentrefine.evaluation import fitting
+    tokenizer = trained.tokenizer
+    texts = fitting(["##ing " * 20 + "ran", "she ran"], 31, tokenizer)
+    assert texts[1] == "she ran" and 0 < len(tokenizer(texts[0], add_special_tokens=False).input_ids) <= 31
+    long = "The overwhelmingly unquestionable misunderstandings unhesitatingly counterbalanced electroencephalographers"
+    given = as_lines(tmp_path / "s.jsonl", [line_of("Zed went out.", "It rained.", f"{long} {name}.", long, long) for name in ("Ann", "Bob", "Tom", "Sue")])
+    code, _, err = call("evaluate", *words, "--stories", given, "--system", "no-op", "--dropout", ".5")
+    assert code == 0, err
+    refused("evaluate", *words, "--stories", given, "--dropout", "1", says=["drafts have no word", "--dropout"])
+
+
 def test_an_own_system_that_ends_the_program_or_returns_no_text(words, tmp_path):
     "`sys.exit` in it ended the command without a word; half a character ended in a traceback."
     given = as_lines(tmp_path / "s.jsonl", [line_of(*STORY)])

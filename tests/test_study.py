@@ -207,7 +207,7 @@ def test_a_run_is_compared_with_another(whole, tmp_path):
     refused("reproduce", "--preset", preset, "--out", out, "--group", "all", says=["--group all", "peers"])
     remedy = f"latentrefine reproduce --preset {preset} --out"      # what the whole graph was made with
     assert remedy in refused("publish", "--preset", preset, "--out", tmp_path, says=["not finished"])
-    assert remedy in refused(*given, tmp_path / "none", says=["no result in common"])
+    assert remedy in refused("compare", "--preset", preset, "--out", tmp_path / "none", "--with", out, says=["no result in common"])
 
 
 # Measuring and telling
