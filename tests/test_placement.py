@@ -7,6 +7,7 @@ from test_systems import WAYS, shortly, ways
 
 from latentrefine.registry import SYSTEMS, load_chapters
 from latentrefine.study import Study
+from latentrefine.systems import cola_study
 
 load_chapters()
 
@@ -60,11 +61,12 @@ def one_step(study, folder):
     return one
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_training_keeps_to_one_device(trained, placed, tmp_path, way):
-    "One step has the loss of the CPU."
-    model = ways(trained.preset)[way]
-    model.train(one_step(trained, tmp_path), tmp_path / "here", **model.parameters)
-    with on_another_device(): model.train(one_step(placed, tmp_path), tmp_path / "there", **model.parameters)
-    losses = [pd.read_csv(tmp_path / folder / "curve.csv").loss for folder in ("here", "there")]
-    assert losses[0].tolist() == pytest.approx(losses[1].tolist(), rel=1e-3)
+ONE_OF_EACH = {way.split()[0]: way for way in reversed(WAYS)}      # of the variants of a training the first
+
+
+@pytest.mark.parametrize("way", ONE_OF_EACH.values())
+def test_a_training_keeps_to_one_device(placed, tmp_path, monkeypatch, way):
+    monkeypatch.setattr(cola_study, "choose_guidance", lambda *_: (1., []))        # many calls of a system
+    model = ways(placed.preset)[way]
+    with on_another_device(): curve = model.train(one_step(placed, tmp_path), tmp_path / "model", **model.parameters)
+    assert pd.DataFrame(curve).loss.notna().all()

@@ -208,7 +208,7 @@ def test_one_step_of_each_peer_at_full_size(tmp_path, monkeypatch):
     monkeypatch.setattr(cola_study, "choose_guidance", lambda *_: (1., []))        # many calls, and no training
     study = Study(str(copy_of("gpu", tmp_path)), out=str(tmp_path / "out"))
     models, full = models_of(study.preset), load_preset("gpu").training
-    sections = ("realign", "klflow", "masked", "cosmos_autoencoder", "cosmos", "cola_autoencoder", "cola", "gpt2")
+    sections = ("klflow", "masked", "cosmos_autoencoder", "cosmos", "cola_autoencoder", "cola")
     for name in one_a_section(models, sections):
         held, began = {}, time.monotonic()
         with kept_for_backward(held): curve = train(study, name)
