@@ -1,7 +1,11 @@
 "The report's sizes without its downloads: the paper preset on a random BERT of base size, presets for large machines, the encoder pretrained here."
 import gc
+import json
 import resource
 import shutil
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +33,7 @@ from latentrefine.registry import MAIN_RATE, models_of
 from latentrefine.reproduce import nodes
 from latentrefine.stories import embedded_stories, slot_stories
 from latentrefine.study import Study
+from latentrefine.systems import cola_study
 from latentrefine.training import Training, read_state
 
 GIB = 2 ** 30
@@ -186,6 +191,33 @@ def test_the_papers_code_path(paper, tmp_path):
     assert peak - before < 6 * 2**20                                          # ru_maxrss is in KiB
 
 
+# The networks of the peers, at the sizes of the preset gpu
+
+def one_a_section(models, sections):
+    "Of each section the first model, after the models it needs."
+    chosen = []
+    def add(name):
+        for need in models[name].needs: add(need)
+        if name not in chosen: chosen.append(name)
+    for section in sections: add(next(name for name, model in models.items() if model.section == section))
+    return chosen
+
+
+def test_one_step_of_each_peer_at_full_size(tmp_path, monkeypatch):
+    "Each network trains for a step; what autograd keeps fits an 80 GB card at the preset's batch."
+    monkeypatch.setattr(cola_study, "choose_guidance", lambda *_: (1., []))        # many calls, and no training
+    study = Study(str(copy_of("gpu", tmp_path)), out=str(tmp_path / "out"))
+    models, full = models_of(study.preset), load_preset("gpu").training
+    sections = ("klflow", "masked", "cosmos_autoencoder", "cosmos", "cola_autoencoder", "cola")
+    for name in one_a_section(models, sections):
+        held, began = {}, time.monotonic()
+        with kept_for_backward(held): curve = train(study, name)
+        kept = sum(storage.nbytes() for storage in held.values()) / len(curve)      # weights among it: an upper bound
+        whole = kept / LITTLE["batch"] * full[models[name].section]["batch"]
+        print(f"{name}: {time.monotonic() - began:.1f} s, {kept / LITTLE['batch'] / 2**20:.0f} MiB a story; {whole / GIB:.0f} GiB")
+        assert len(curve) == 1 and pd.DataFrame(curve).notna().all(axis=None) and whole < 64 * GIB, name
+
+
 # The encoder pretrained here
 
 SMALL, FEW = EncoderSize(32, 1, 2, 64), Training(steps=6, batch=4, lr=1e-3, save_seconds=0)
@@ -243,3 +275,41 @@ def test_the_in_domain_encoder_in_a_study(tmp_path):
     made = [file for file in nodes(again)["encoder"].products if file.startswith("models/")]
     assert made
     for file in made: assert (again.out / file).is_file(), file
+
+
+# Memory
+
+STREAMED = r"""
+import re, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from latentrefine.drafts import clean_batch
+from latentrefine.encoder import clean_hidden
+from latentrefine.stories import file_stories
+
+def peak(): return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+def hidden(*slots): return torch.ones(len(slots[0]), 64, 384)
+encoder, folder, counted = SimpleNamespace(digest="x" * 10, precision="float32", hidden=hidden, width=384), Path(sys.argv[1]), []
+for size in (500, 4000):
+    stories = sum(1 for _ in file_stories(folder / f"{size}.jsonl"))
+    counted += [stories, peak()]
+for size in (500, 4000):
+    ids, mask = torch.ones(size, 32, dtype=torch.long), torch.ones(size, 32, dtype=torch.bool)
+    states = clean_hidden(encoder, clean_batch(ids, mask, ids, mask), folder)
+    counted += [len(states), peak()]
+print(*counted)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_reading_and_caches_are_streamed(tmp_path):
+    "Eight times as many stories of 10 kB, and 8 times as large a table of states (188 MiB), take no more memory."
+    long = [" ".join(f"word{i}x{k}" for i in range(200)) + "." for k in range(5)]
+    for size in (500, 4000): (tmp_path / f"{size}.jsonl").write_text((json.dumps(dict(sentences=long)) + "\n") * size)
+    run = subprocess.run([sys.executable, "-c", STREAMED, str(tmp_path)], capture_output=True, text=True, check=True)
+    counts = [float(one) for one in run.stdout.split()]
+    assert counts[::2] == [500, 4000, 500, 4000]
+    file, states = counts[3] - counts[1], counts[7] - counts[5]
+    print(f"reading: {file:.1f} MiB more, states: {states:.1f} MiB more")
+    assert file < 8 and states < 24, run.stdout
