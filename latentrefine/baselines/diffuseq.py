@@ -107,7 +107,7 @@ def rounding_logits(y, words):
 
     In fp32, also under autocast: rounding would decide between close words."""
     with torch.autocast(y.device.type, enabled=False):
-        return y.float() @ words.T - words.square().sum(-1) / 2
+        return F.linear(y.float(), words, -words.square().sum(-1) / 2)
 
 
 def nearest_words(y, words):
