@@ -63,9 +63,8 @@ class TokenDecoder(nn.Module):
         self.register_buffer("words", word_embeddings[kept].clone(), persistent=False)
         self.register_buffer("classes", columns_of(kept), persistent=False)
 
-    def forward(self, z):
-        return self.norm(self.skip(z) + self.mlp(z)).to(self.words.dtype) @ self.words.T + self.bias
-
+    def hidden(self, z): return self.norm(self.skip(z) + self.mlp(z)).to(self.words.dtype)
+    def forward(self, z): return F.linear(self.hidden(z), self.words, self.bias.to(self.words.dtype))
     def at(self, latents, places): return self(latents.flatten(0, 1)[places])     # flat positions
 
     def full(self, z):

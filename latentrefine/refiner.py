@@ -124,6 +124,7 @@ class DCLRConfig:
     dropouts: tuple = (.05,)    # rates of the training drafts, in turn
     prior: dict = None          # fields of DraftPriorConfig other than width
     flow: dict = None           # fields of FlowConfig other than width
+    depth: int = 0              # encoder layers that a token system copies, 0: all
 
 
 def fit_autoencoder(encoder, stories, config):
@@ -261,7 +262,7 @@ def load_network(kind, folder, encoder, autoencoder):
 def fit_tokens(system, stories, config):
     "Train a token system on `stories`; fields of the DCLRConfig `config` about latents are not used."
     corpus, own = fit_autoencoder(system.encoder, stories, config)
-    settings = config.dropouts, config.training, Path(config.folder) / system.part
+    settings = config.dropouts, config.training, Path(config.folder) / system.part, config.depth
     net, _ = train_tokens(type(system), corpus, system.encoder, own, *settings)
     return replace(system, autoencoder=own, net=net)
 

@@ -30,7 +30,7 @@ from ..encoder import Corpus, Encoder
 from ..refiner import read_parts
 from ..stories import slot_stories
 from ..systems.cola import start_words
-from ..systems.lrd import check_positions
+from ..systems.lrd import check_positions, packed_reading
 from ..training import config_of, finish, fit, load_weights, read_model, rows_at, save_model
 
 # %% ../../nbs/baselines/48_diffuseq.ipynb #c05
@@ -79,8 +79,8 @@ class DiffuSeqNet(nn.Module):
         types = torch.zeros_like(mask, dtype=torch.long)
         types[:, -TARGET_SLOTS:] = 1
         inputs = self.up(x) + self.time(time_features(t, self.time.in_features))[:, None]
-        out = self.bert(inputs_embeds=inputs, attention_mask=mask.long(), token_type_ids=types)
-        return self.down(out.last_hidden_state[:, -TARGET_SLOTS:]).float()
+        states = packed_reading(self.bert, inputs, mask, types)
+        return self.down(states[:, -TARGET_SLOTS:]).float()
 
 # %% ../../nbs/baselines/48_diffuseq.ipynb #c11
 def start_up(up, words, own):
@@ -107,7 +107,7 @@ def rounding_logits(y, words):
 
     In fp32, also under autocast: rounding would decide between close words."""
     with torch.autocast(y.device.type, enabled=False):
-        return y.float() @ words.T - words.square().sum(-1) / 2
+        return F.linear(y.float(), words, -words.square().sum(-1) / 2)
 
 
 def nearest_words(y, words):

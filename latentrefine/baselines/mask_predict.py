@@ -19,7 +19,7 @@ from .mdlm import (
 from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device
 from ..drafts import with_drafts
 from ..systems.klflow import chunk_size
-from ..systems.lrd import MaskedDiffusion, MaskedSystem
+from ..systems.lrd import MaskedDiffusion, MaskedSystem, packed_reading
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c05
 def masks_at(count, step, steps):
@@ -67,10 +67,11 @@ class ConditionalMasked(MaskedDiffusion):
         inside = torch.arange(TARGET_SLOTS, device=source.device) < lengths[:, None]
         types = torch.cat([0 * context, torch.ones_like(batch.draft_ids)], 1)
         inputs = torch.cat([self.word_embeddings[context], embeddings], 1)
-        out = self.bert(inputs_embeds=inputs, attention_mask=block_mask(source, inside), token_type_ids=types)
-        states = (out.last_hidden_state[:, -TARGET_SLOTS:][selected] - self.mean) / self.scale
+        mask, reads = torch.cat([source, inside], 1), block_mask(source, inside)
+        found = packed_reading(self.bert, inputs, mask, types, reads)
+        states = (found[:, -TARGET_SLOTS:][selected] - self.mean) / self.scale
         logits = self.reader(states).float().masked_fill(self.excluded, -1e4)
-        return logits, self.length(out.last_hidden_state[:, 0])
+        return logits, self.length(found[:, 0])
 
     def lengths(self, batch, draft_mask):
         "Length logits [batch, 32] from the source alone: class i is the length i + 1."
@@ -86,14 +87,12 @@ def source_of(batch, draft_mask):
 
 
 def block_mask(source, inside):
-    """Additive attention mask [batch, 1, 96, 96] of `source` [batch, 64] and target slots [batch, 32].
-
-    The source reads the source, the target both."""
+    """What each slot attends to, bool [batch, 96, 96], of `source` [batch, 64] and target slots [batch, 32]:
+    the source reads the source, the target both."""
     def reads(mask, queries): return mask[:, None].expand(-1, queries, -1)
     nothing = torch.zeros_like(inside)
-    rows = [reads(torch.cat([source, nothing], 1), source.shape[1]),
-            reads(torch.cat([source, inside], 1), inside.shape[1])]
-    return torch.zeros(1, device=source.device).where(torch.cat(rows, 1), -1e4)[:, None]
+    return torch.cat([reads(torch.cat([source, nothing], 1), source.shape[1]),
+                      reads(torch.cat([source, inside], 1), inside.shape[1])], 1)
 
 # %% ../../nbs/baselines/56_mask_predict.ipynb #c13
 LENGTH_WEIGHT = .1      # of the length head's cross-entropy

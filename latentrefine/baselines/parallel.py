@@ -17,10 +17,10 @@ from ..aligner import known_length, trainable_copy
 from ..autoencoder import valid_slots
 from ..core import MASK, PAD, TARGET_SLOTS, RefineOutput, autocast, device
 from ..drafts import with_drafts
-from ..encoder import joint_states
 from ..readout import copy_decoder
 from ..realign import LOG_ZERO
 from ..refiner import TokenSystem
+from ..systems.lrd import packed_reading
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c05
 COPY_BIAS = 2.      # of the gate before training: it copies with probability .88
@@ -40,8 +40,11 @@ class ParallelTransformer(nn.Module):
         self.register_buffer("mean", autoencoder.mean); self.register_buffer("scale", autoencoder.scale)
 
     def forward(self, batch):
-        states = joint_states(self.bert, batch.prompt_ids, batch.prompt_mask, *open_slots(batch))
-        states = ((states - self.mean) / self.scale)[:, -TARGET_SLOTS:]
+        ids, slots = open_slots(batch)
+        mask = torch.cat([batch.prompt_mask, slots], 1)
+        ids = torch.cat([batch.prompt_ids, ids], 1).where(mask, PAD)
+        states = packed_reading(self.bert, self.bert.embeddings.word_embeddings(ids), mask, 0 * ids)
+        states = (states[:, -TARGET_SLOTS:] - self.mean) / self.scale
         return states, copy_weights(self.gate(states).squeeze(-1), batch)
 
 # %% ../../nbs/baselines/51_parallel.ipynb #c06
