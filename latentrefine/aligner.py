@@ -7,9 +7,9 @@ __all__ = ['SHIFTS', 'CONFIDENCES', 'CE_RATIO', 'KINDS', 'DROP', 'REPLACE', 'INS
            'ALIGNER_PARTS', 'AlignerConfig', 'trainable_copy', 'packed_states', 'pairs_of', 'pair_head', 'Edits',
            'Aligner', 'has_end_marker', 'known_length', 'alignment_of', 'shift_edits', 'slots_in_place',
            'shift_fractions', 'select_shift', 'mixture_of', 'sharpen', 'confidence_losses', 'select_confidence',
-           'swapped', 'corrupted_drafts', 'random_rates', 'random_kinds', 'rows_of_similar_length', 'gap_loss',
-           'missing_tokens', 'fill_loss', 'train_aligner', 'load_aligner', 'drafts_and_kept', 'calibration_of',
-           'aligner_name', 'train_aligner_of', 'aligner_variants', 'aligner_models']
+           'substituted_tokens', 'corrupted_drafts', 'random_rates', 'random_kinds', 'rows_of_similar_length',
+           'gap_loss', 'missing_tokens', 'fill_loss', 'train_aligner', 'load_aligner', 'drafts_and_kept',
+           'calibration_of', 'aligner_name', 'train_aligner_of', 'aligner_variants', 'aligner_models']
 
 # %% ../nbs/27_aligner.ipynb #c02
 import copy
@@ -172,7 +172,7 @@ def mixture_of(alignment, fill, draft_ids, decoder):
     """
     missing, nothing = replace(alignment, reads=0 * alignment.reads), 0 * fill[:, :TARGET_SLOTS, 0]
     latents = realign(missing, nothing, fill) / alignment.missing[..., None].clamp(min=1e-6)
-    narrow = decoder(latents).float().log_softmax(-1)      # normalised before it is expanded: the same, cheaper
+    narrow = decoder(latents).float().log_softmax(-1)      # normalised before it is expanded: cheaper
     return token_mixture(alignment, draft_ids, full_vocabulary_logits(narrow, decoder.kept))
 
 # %% ../nbs/27_aligner.ipynb #c21
@@ -206,12 +206,17 @@ KINDS = ("drop", "replace", "insert", "swap")     # of training drafts; the corr
 DROP, REPLACE, INSERT, SWAP = range(4)
 
 
-def swapped(chosen):
-    "`chosen` tokens, bool [stories, 32], to exchange with those before them, without overlaps; all of both."
-    second = chosen & ~F.pad(chosen, (1, -1)) & (torch.arange(chosen.shape[1]) > 0)
-    return second, second | second.roll(-1, 1)
+def substituted_tokens(ids, chosen, kinds, foreign):
+    """(ids, substituted tokens, bool), each [stories, 32], after the corruptions that keep the length.
 
+    chosen: bool [stories, 32]; kinds: [stories, 1]; foreign: ids in place of replaced tokens. No token is
+    exchanged twice with the one before it."""
+    second = chosen & ~F.pad(chosen, (1, -1)) & (torch.arange(ids.shape[1]) > 0) & (kinds == SWAP)
+    first, replaced = second.roll(-1, 1), chosen & (kinds == REPLACE)
+    new = foreign.where(replaced, ids.roll(1, 1).where(second, ids.roll(-1, 1).where(first, ids)))
+    return new, first | second | replaced
 
+# %% ../nbs/27_aligner.ipynb #c26
 def corrupted_drafts(batch, rates, gen, kinds=None, words=None):
     """(batch with fresh drafts; their true gaps [batch, 33]; edits of their tokens [batch, 32]).
 
@@ -223,13 +228,11 @@ def corrupted_drafts(batch, rates, gen, kinds=None, words=None):
     chosen = mask & ~keep_mask(ids, mask, rates, gen)
     words = ids[mask & (ids != SEP)].unique() if words is None else words
     foreign = words[torch.randint(len(words), ids.shape, generator=gen)]
-    second, both = (one & (kinds == SWAP) for one in swapped(chosen))
-    other = torch.where(second, ids.roll(1, 1), ids.roll(-1, 1)).where(both, foreign)
-    changed, keep = both | chosen & (kinds == REPLACE), mask & ~(chosen & (kinds == DROP))
-    edits = torch.stack([torch.full_like(ids, DELETED), torch.where(changed, SUBSTITUTED, KEPT)], 2)
-    tokens, present = torch.stack([foreign, other.where(changed, ids)], 2), (chosen & (kinds == INSERT), keep)
-    present = torch.stack(present, 2).flatten(1)
-    (draft_ids, draft_mask), (edits, _) = (pack(one.flatten(1), present) for one in (tokens, edits))
+    new, changed = substituted_tokens(ids, chosen, kinds, foreign)
+    keep, own = mask & ~(chosen & (kinds == DROP)), torch.where(changed, SUBSTITUTED, KEPT)
+    pairs = (foreign, new), (torch.full_like(ids, DELETED), own), (chosen & (kinds == INSERT), keep)
+    tokens, edits, present = (torch.stack(pair, 2).flatten(1) for pair in pairs)
+    (draft_ids, draft_mask), (edits, _) = pack(tokens, present), pack(edits, present)
     draft_ids, draft_mask, edits = (one[:, :ids.shape[1]] for one in (draft_ids, draft_mask, edits))
     edits, gaps = edits.where(draft_mask, DELETED), gaps_of(keep, mask)
     # tokens that foreign ones have pushed beyond the last slot are missing at the end
@@ -237,7 +240,7 @@ def corrupted_drafts(batch, rates, gen, kinds=None, words=None):
     gaps = gaps.scatter_add(1, draft_mask.sum(1, keepdim=True), cut[:, None])
     return replace(batch, draft_ids=draft_ids, draft_mask=draft_mask), gaps, edits
 
-# %% ../nbs/27_aligner.ipynb #c26
+# %% ../nbs/27_aligner.ipynb #c27
 def random_rates(count, highest, gen):
     "Corruption rates [count, 1]: 0 for one draft in six, else uniform up to `highest`."
     return highest * (1.2 * torch.rand(count, 1, generator=gen) - .2).clamp(min=0)
@@ -254,7 +257,7 @@ def rows_of_similar_length(step, lengths, training, group=8):
     rows = torch.cat([rows_at(first + k, len(lengths), training) for k in range(group)])
     return rows[lengths[rows].argsort(stable=True)].chunk(group)[step % group]
 
-# %% ../nbs/27_aligner.ipynb #c27
+# %% ../nbs/27_aligner.ipynb #c28
 def gap_loss(gaps, true, places):
     "Cross-entropy in nats of the true gaps [batch, 33] at `places` [batch, 33], bool."
     return F.nll_loss(gaps[places], true.clamp(max=gaps.shape[-1] - 1)[places])
@@ -276,7 +279,7 @@ def fill_loss(net, pairs, missing, decoder):
     loss = F.cross_entropy(decoder(latents).float(), decoder.classes[ids], reduction="none")
     return loss.mean(), loss.detach().neg().exp().mean().item()
 
-# %% ../nbs/27_aligner.ipynb #c28
+# %% ../nbs/27_aligner.ipynb #c29
 def train_aligner(corpus, encoder, autoencoder, config, training, folder):
     "Train an aligner on fresh drafts; returns (frozen aligner, curve)."
     torch.manual_seed(training.seed)
@@ -301,19 +304,19 @@ def train_aligner(corpus, encoder, autoencoder, config, training, folder):
     settings = {**asdict(config), "encoder_digest": encoder.digest}
     return finish(folder, net, settings, training, curve), curve
 
-# %% ../nbs/27_aligner.ipynb #c29
+# %% ../nbs/27_aligner.ipynb #c30
 def load_aligner(folder, encoder, **expected):
     "The frozen aligner saved in `folder`; StudyError if damaged, of another encoder, or not as `expected`."
     config, weights = read_model(folder, encoder_digest=encoder.digest, **expected)
     net = Aligner(config_of(AlignerConfig, config), encoder.model)
     return load_weights(net, weights, folder)
 
-# %% ../nbs/27_aligner.ipynb #c36
+# %% ../nbs/27_aligner.ipynb #c37
 from .autoencoder import autoencoder_name, open_autoencoder
 from .encoder import LAYERS, Corpus
 from .registry import MAIN_RATE, Model, register_models
 
-# %% ../nbs/27_aligner.ipynb #c37
+# %% ../nbs/27_aligner.ipynb #c38
 VALIDATION_STORIES = 500      # at most, at each rate
 
 
@@ -322,7 +325,7 @@ def drafts_and_kept(study, split, dropout, count):
     masked = study.drafts(dropout, split, count, corruption="mask")
     return study.drafts(dropout, split, count), masked.target_mask & (masked.draft_ids != MASK)
 
-# %% ../nbs/27_aligner.ipynb #c38
+# %% ../nbs/27_aligner.ipynb #c39
 def calibration_of(study, net, decoder, folder):
     """Shift and confidence of an aligner, a dict.
 
@@ -340,7 +343,7 @@ def calibration_of(study, net, decoder, folder):
         write_text(path, json.dumps({**note, "fractions": found, "losses": losses}, indent=1))
     return dict(shift=note["shift"], confidence=note["confidence"])
 
-# %% ../nbs/27_aligner.ipynb #c39
+# %% ../nbs/27_aligner.ipynb #c40
 ALIGNER_PARTS = (12, 3)      # divisors of the steps: points of a learning curve
 
 
@@ -361,7 +364,7 @@ def train_aligner_of(study, folder, part=1, deep=False):
     calibration_of(study, net, autoencoder.decoder, folder)
     return curve
 
-# %% ../nbs/27_aligner.ipynb #c40
+# %% ../nbs/27_aligner.ipynb #c41
 def aligner_variants(preset):
     "Arguments of `train_aligner_of` by label: 1 is the aligner; the others are trained at the first seed."
     if not preset.aligner_ablation: return {"1": {}}

@@ -228,7 +228,7 @@ def check_options(given):
     if has("references") and not has("drafts"):
         raise StudyError("--references: they are for --drafts; give both")
 
-# %% ../nbs/68_command.ipynb #c18
+# %% ../nbs/68_command.ipynb #c19
 def check_bounds(given):
     "StudyError for a number out of its range, and for training seeds where none is trained."
     for name, (low, high) in BOUNDS.items():
@@ -239,7 +239,7 @@ def check_bounds(given):
     if given.seeds and given.command in ("refine", "evaluate", "benchmark"):
         raise StudyError(f"--seeds: {given.command} uses the models of one seed; give it as --seed")
 
-# %% ../nbs/68_command.ipynb #c19
+# %% ../nbs/68_command.ipynb #c20
 def check_inputs(study):
     "StudyError if stories, encoder or GPT-2 of the preset are a path where nothing is."
     from latentrefine.core import ROOT
@@ -252,7 +252,7 @@ def check_inputs(study):
         if not name or name.startswith(("/", ".", "~")) and not (ROOT / name).is_dir():
             raise StudyError(f"{field} {name!r}: no such folder; check the path, or give the name of a model")
 
-# %% ../nbs/68_command.ipynb #c20
+# %% ../nbs/68_command.ipynb #c21
 ELSEWHERE = ("--executor", "-e", "--profile")      # options of Snakemake for other machines
 
 
@@ -264,7 +264,7 @@ def check_cost(study, targets, cores):
     check_memory(study, models, cores)
     check_time(study, models, cores)
 
-# %% ../nbs/68_command.ipynb #c21
+# %% ../nbs/68_command.ipynb #c22
 def do_reproduce(given, more):
     from latentrefine.doctor import check_room
     from latentrefine.reproduce import DRY_RUN, reproduce
@@ -283,7 +283,7 @@ def do_reproduce(given, more):
     if not targets and (committed_of(study) / "tables").is_dir():
         say_compared(study, committed_of(study), most=5)
 
-# %% ../nbs/68_command.ipynb #c22
+# %% ../nbs/68_command.ipynb #c23
 def group_results(study, group):
     "Names of the results of a group that the preset makes; StudyError for an unknown group."
     from latentrefine.measure import results_of
@@ -297,7 +297,7 @@ def do_render(given, more):
     study = study_of(given, ())
     print(f"{', '.join(render(study, given.targets))} rendered; open {study.out / 'report.html'}")
 
-# %% ../nbs/68_command.ipynb #c23
+# %% ../nbs/68_command.ipynb #c24
 def do_plan(given, more):
     from latentrefine.reproduce import due_nodes, nodes, targets_of
     targets, overrides = split_words(given.targets)
@@ -308,7 +308,7 @@ def do_plan(given, more):
     for name, node in graph.items(): print(f"{'due ' if name in due else '    '} {name:40} {node.notebook}")
     print(f"{len(due)} of {len(graph)} nodes are due")
 
-# %% ../nbs/68_command.ipynb #c24
+# %% ../nbs/68_command.ipynb #c25
 def do_tables(given, more):
     from latentrefine.measure import results
     study = study_of(given, ())
@@ -322,7 +322,7 @@ def do_tables(given, more):
             raise StudyError(f"table {name}: not in {folder}, which has {', '.join(known)}; {remedy}")
         print(f"\n{name}\n\n{printable((folder / f'{name}.md').read_text(encoding='utf-8'))}")
 
-# %% ../nbs/68_command.ipynb #c25
+# %% ../nbs/68_command.ipynb #c26
 def committed_of(study):
     "The folder of the committed run of a study's preset."
     from latentrefine.core import ROOT
@@ -347,7 +347,7 @@ def do_compare(given, more):
     other = Path(given.other) if given.other else committed_of(study)
     return 1 if say_compared(study, other) else 0
 
-# %% ../nbs/68_command.ipynb #c26
+# %% ../nbs/68_command.ipynb #c27
 def do_publish(given, more):
     from latentrefine.compare import publish
     from latentrefine.measure import results_of
@@ -356,7 +356,7 @@ def do_publish(given, more):
                if not (study.out / "answers" / f"{name}.json").exists()]
     print(f"{publish(study.out, committed_of(study), missing)}: published; look at it with git status")
 
-# %% ../nbs/68_command.ipynb #c27
+# %% ../nbs/68_command.ipynb #c28
 def do_refine(given, more):
     with cold_start(): from latentrefine.refine import refine_command
     if given.out.endswith(".jsonl"): given.write, given.out = given.out, ""      # --out names the file
@@ -367,13 +367,13 @@ def do_evaluate(given, more):
     from latentrefine.evaluation import evaluate_command
     evaluate_command(study_of(given, given.settings, own_stories=False), given)
 
-# %% ../nbs/68_command.ipynb #c28
+# %% ../nbs/68_command.ipynb #c29
 def do_benchmark(given, more):
     from latentrefine.benchmark import benchmark_command
     study = study_of(given, given.settings)      # checks preset, stories and overrides
     benchmark_command(study.preset_path, study.overrides, given.write, given.stories)
 
-# %% ../nbs/68_command.ipynb #c29
+# %% ../nbs/68_command.ipynb #c30
 def do_doctor(given, more):
     from latentrefine.doctor import doctor
     def stale(study, targets):
@@ -381,12 +381,12 @@ def do_doctor(given, more):
         return stale_nodes(study, targets)
     return doctor(lambda: study_of(given, ()), stale)
 
-# %% ../nbs/68_command.ipynb #c30
+# %% ../nbs/68_command.ipynb #c31
 COMMANDS = dict(reproduce=do_reproduce, render=do_render, plan=do_plan, tables=do_tables, refine=do_refine,
                 evaluate=do_evaluate, benchmark=do_benchmark, doctor=do_doctor,
                 compare=do_compare, publish=do_publish)
 
-# %% ../nbs/68_command.ipynb #c31
+# %% ../nbs/68_command.ipynb #c32
 OTHER_STORIES = ("refine", "evaluate")      # whose --stories are not those that the study trains on
 
 
@@ -405,7 +405,7 @@ def say(kind, text, given=None):
     text = str(text).replace(OF_THIS_STUDY, as_typed(given) if given else OF_THIS_STUDY)
     print(f"latentrefine: {kind}: {printable(text)}", file=sys.stderr)
 
-# %% ../nbs/68_command.ipynb #c32
+# %% ../nbs/68_command.ipynb #c33
 def say_warning(others):
     "A function for `warnings.showwarning` that prints warnings of the package; `others` shows all other."
     def show(message, category, filename, *more):
@@ -413,7 +413,7 @@ def say_warning(others):
         else: others(message, category, filename, *more)
     return show
 
-# %% ../nbs/68_command.ipynb #c33
+# %% ../nbs/68_command.ipynb #c34
 def main(arguments=None):
     "The command `latentrefine`: exit code 0, 2 for a user's error, 130 for Ctrl-C."
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -439,7 +439,7 @@ def main(arguments=None):
         return 130
     return 0        # the reader has left
 
-# %% ../nbs/68_command.ipynb #c34
+# %% ../nbs/68_command.ipynb #c35
 def run(given, more):
     "Carry out parsed arguments; returns the exit code, None for 0."
     if sys.flags.optimize > 1:

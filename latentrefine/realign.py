@@ -97,7 +97,7 @@ def forward(gaps, deleted, stays):
             alpha.append(torch.logaddexp(inner[i] + deleted[:, i, None], moved))
     return alpha, inner
 
-
+# %% ../nbs/26_realign.ipynb #c16
 def backward(gaps, deleted, stays, weights):
     "(beta, beta'), lists of [batch, slots + 1] over the places, from the `length_weights`."
     beta, inner = [], [weights.to(gaps.dtype)]
@@ -109,7 +109,7 @@ def backward(gaps, deleted, stays, weights):
         beta.append(torch.stack(steps).logsumexp(0))
     return beta[::-1], inner[::-1]
 
-# %% ../nbs/26_realign.ipynb #c17
+# %% ../nbs/26_realign.ipynb #c18
 @dataclass(frozen=True)
 class Alignment:
     """Marginal probabilities of the alignments of drafts with their targets.
@@ -131,7 +131,7 @@ class Alignment:
         "[batch, slots]: probability that the target slot lies before the target's end."
         return self.reads.sum(2) + self.missing
 
-# %% ../nbs/26_realign.ipynb #c18
+# %% ../nbs/26_realign.ipynb #c19
 def align(gaps, mask, ended, length, edits=None):
     """The `Alignment` under log-probabilities `gaps` [batch, slots + 1, max_gap + 1]; differentiable.
 
@@ -154,7 +154,7 @@ def align(gaps, mask, ended, length, edits=None):
     fills = torch.stack(fills, -1)
     return Alignment(reads.transpose(1, 2)[:, :-1], fills.transpose(1, 2)[:, :-1])
 
-# %% ../nbs/26_realign.ipynb #c25
+# %% ../nbs/26_realign.ipynb #c26
 def realign(alignment, z_d, fill):
     """Expected latents [batch, slots, width] of the target slots.
 
@@ -163,7 +163,7 @@ def realign(alignment, z_d, fill):
     gaps = alignment.fills.to(fill.dtype).flatten(2) @ fill.flatten(1, 2)
     return alignment.reads.to(z_d.dtype) @ z_d + gaps
 
-# %% ../nbs/26_realign.ipynb #c28
+# %% ../nbs/26_realign.ipynb #c29
 def token_mixture(alignment, draft_ids, missing):
     """Log-probabilities [batch, slots, vocab] of the mixture of draft tokens and predicted missing tokens.
 
@@ -175,7 +175,7 @@ def token_mixture(alignment, draft_ids, missing):
     mixed[..., PAD] += (1 - alignment.within).clamp(min=0)
     return mixed.clamp(min=1e-9).log()
 
-# %% ../nbs/26_realign.ipynb #c31
+# %% ../nbs/26_realign.ipynb #c32
 def best_path(gaps, reads, ends, stays):
     """Gaps [batch, places] of the path with the largest total gain.
 
@@ -197,13 +197,13 @@ def best_path(gaps, reads, ends, stays):
         slot = slot - path[-1]
     return torch.cat(path[::-1], 1)
 
-# %% ../nbs/26_realign.ipynb #c32
+# %% ../nbs/26_realign.ipynb #c33
 def fill_up(gaps, mask, stays, ended, length):
     "Gaps [batch, slots + 1], with what is missing up to `length` after the last token of drafts without end."
     left = (length - stays.sum(1) - gaps.sum(1)).clamp(min=0).where(~ended, 0)
     return gaps.scatter_add(1, mask.sum(1, keepdim=True), left[:, None])
 
-# %% ../nbs/26_realign.ipynb #c33
+# %% ../nbs/26_realign.ipynb #c34
 @torch.no_grad()
 def best_gaps(alignment, mask, ended, length):
     """(gaps [batch, slots + 1], edits [batch, slots]) with the most expected target slots in place.
@@ -223,7 +223,7 @@ def best_gaps(alignment, mask, ended, length):
     path = best_path(gaps, own, torch.zeros_like(own[:, 0]), edits != DELETED)
     return fill_up(path, mask, edits != DELETED, ended, length), edits
 
-# %% ../nbs/26_realign.ipynb #c34
+# %% ../nbs/26_realign.ipynb #c35
 @torch.no_grad()
 def likeliest_gaps(gaps, mask, ended, length, edits=None):
     """(gaps [batch, slots + 1], edits [batch, slots]) of the most probable alignment.
@@ -239,7 +239,7 @@ def likeliest_gaps(gaps, mask, ended, length, edits=None):
     path = best_path(gains, torch.zeros_like(gains[:, :slots, :, 0]), weights, stays)
     return fill_up(path, mask, stays, ended, length), edits
 
-# %% ../nbs/26_realign.ipynb #c35
+# %% ../nbs/26_realign.ipynb #c36
 def hard_alignment(gaps, edits, max_gap=3):
     """The `Alignment` with probability 1 on the given gaps [batch, slots + 1] and edits [batch, slots].
 
@@ -256,7 +256,7 @@ def hard_alignment(gaps, edits, max_gap=3):
     fills = torch.cat([fills, others[..., None]], -1)
     return Alignment((own & (edits == KEPT)[:, None]).float(), fills.float())
 
-# %% ../nbs/26_realign.ipynb #c42
+# %% ../nbs/26_realign.ipynb #c43
 def apply_edits(ids, gaps, edits):
     """(ids, mask, gaps) of drafts `ids` [batch, slots]: deleted tokens left out, [MASK] for substituted ones.
 
