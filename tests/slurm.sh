@@ -35,7 +35,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
-NodeName=$host CPUs=$(nproc) RealMemory=$(($(grep MemTotal /proc/meminfo | tr -dc 0-9) / 1100)) State=UNKNOWN
+NodeName=$host CPUs=$(nproc --all) RealMemory=$(($(grep MemTotal /proc/meminfo | tr -dc 0-9) / 1100)) State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 C
 slurmctld -c && slurmd -c
