@@ -98,6 +98,7 @@ def read_encoder(name):
         check_model_type(name, folder)
         whole, notes = BertForMaskedLM.from_pretrained(folder, return_dict=True, **options)
         tokenizer = BertTokenizerFast.from_pretrained(folder, padding_side="right", truncation_side="right")
+        tokenizer(PROBE)        # fails where its config holds values of a wrong type
     except StudyError: raise
     except Exception as error:  # transformers raises many types here; each means that the name cannot be read
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
