@@ -42,6 +42,7 @@ from .stories import from_slots, read_stories, slot_stories, text_hash, words
 # %% ../nbs/66_evaluation.ipynb #c04
 from .study import EVALUATION_SEED, SOURCES, trained_on
 from .textmetrics import MAUVE_TEXTS, cut_to, mauve_of_texts, piece_counts
+from .texts import HALF
 
 # %% ../nbs/66_evaluation.ipynb #c07
 def aligned_equal(ids, target):
@@ -71,7 +72,7 @@ def scored_texts(study, system, prompts, drafts, targets, seed):
     began = time.monotonic()
     found = run_system(system, prompts, drafts, seed)
     seconds = time.monotonic() - began
-    if any(re.search(r"[\ud800-\udfff]", text) for text in found.texts):
+    if any(map(HALF.search, found.texts)):
         raise StudyError("the system's refine returned half a character; return texts that UTF-8 can hold")
     values = text_scores(found.texts, drafts, targets, study.tokenizer)
     values |= dict(n=len(drafts), ms_per_sample=1000 * seconds / len(drafts),

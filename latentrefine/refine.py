@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CARD', 'Refined', 'checked', 'check_texts', 'keep_unknown', 'describe', 'TextRefiner', 'refine_texts',
            'offered_entry', 'as_refiner', 'refiner_of', 'own_system', 'uses_pretrained', 'own_or_pretrained',
-           'load_pretrained', 'load', 'run_system', 'file_digests', 'save_pretrained', 'note_digest', 'read_note',
-           'saved_encoder', 'bare', 'from_pretrained', 'check_target', 'read_drafts', 'writer_of', 'refine_long',
-           'input_bytes', 'kept_input', 'read_text', 'refined_lines', 'refine_file', 'widget', 'refine_command',
-           'refine_one_command', 'refine_drafts_command', 'refine_text_command']
+           'load_pretrained', 'load', 'run_system', 'file_digests', 'save_pretrained', 'read_note', 'saved_encoder',
+           'bare', 'from_pretrained', 'check_target', 'read_drafts', 'writer_of', 'refine_long', 'input_bytes',
+           'kept_input', 'read_text', 'refined_lines', 'refine_file', 'widget', 'refine_command', 'refine_one_command',
+           'refine_drafts_command', 'refine_text_command']
 
 # %% ../nbs/65_refine.ipynb #c02
 import hashlib
@@ -23,7 +23,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from tqdm.auto import tqdm
 
-from .compact import PRETRAINED, open_pretrained, pretrained_folder, read_compact
+from .compact import PRETRAINED, note_digest, open_pretrained, pretrained_folder, read_compact
 from .core import (MASK, PAD, PROMPT_SLOTS, ROOT, SEP, TARGET_SLOTS, VOCAB, StudyError,
                                chunk_size, printable, user_path, versions, write_text, writing)
 from .drafts import clean_batch
@@ -265,12 +265,6 @@ def save_pretrained(refiner, folder, row=None):
     note["files"] = file_digests(folder)
     write_text(folder / "refiner.json", json.dumps({**note, "sha256": note_digest(note)}, indent=1) + "\n")
     return folder
-
-
-def note_digest(note):
-    "SHA-256 of a saved refiner's note without its own."
-    facts = {name: value for name, value in note.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/65_refine.ipynb #c23
 def read_note(folder):
