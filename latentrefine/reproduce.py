@@ -271,11 +271,13 @@ def running_steps(folder):
 
 # %% ../nbs/67_reproduce.ipynb #c24
 def targets_of(graph, names):
-    "Node names for what a user names: a node, or a model at every seed; StudyError for others."
-    found = {name: [node for node in graph if name in (node, node.rsplit("-s", 1)[0])] for name in names}
+    "Node names for what a user names: a result, or a model at every seed; StudyError for others."
+    made_by = {name: results().get(name, {}).get("notebook", name) for name in names}
+    found = {name: [node for node in graph if by in (node, node.rsplit("-s", 1)[0])]
+             for name, by in made_by.items()}
     unknown = [name for name in names if not found[name]]
     if unknown: raise StudyError(f"target {', '.join(unknown)}: not known; choose from {', '.join(graph)}")
-    return [node for one in found.values() for node in one]
+    return list(dict.fromkeys(node for one in found.values() for node in one))
 
 # %% ../nbs/67_reproduce.ipynb #c25
 def reproduce(study, names, cores, more=()):

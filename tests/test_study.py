@@ -205,6 +205,9 @@ def test_a_run_is_compared_with_another(whole, tmp_path):
     assert code == 1 and f"{int(whole_count[1]) - 1} of {whole_count[1]}" in said and "table3" in said
     refused(*given, out, says=["the run itself", "--with"])
     refused("reproduce", "--preset", preset, "--out", out, "--group", "all", says=["--group all", "peers"])
+    for chosen in (["--group", "report"], ["--group", "peers"], ["--group", "baselines"], ["speed"]):
+        code, said, err = call("reproduce", "--preset", preset, "--out", out, *chosen)
+        assert code == 0 and "nothing to do" in said, (chosen, said + err)
     remedy = f"latentrefine reproduce --preset {preset} --out"      # what the whole graph was made with
     assert remedy in refused("publish", "--preset", preset, "--out", tmp_path, says=["not finished"])
     assert remedy in refused("compare", "--preset", preset, "--out", tmp_path / "none", "--with", out, says=["no result in common"])
