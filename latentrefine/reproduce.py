@@ -200,10 +200,11 @@ def plan_of(study, targets, cores):
 def engine(study, targets, cores, more=()):
     "The Snakemake command that brings targets up to date."
     plan, graph = plan_of(study, targets, cores), nodes(study)
-    asked = [graph[name] for name in with_needs(graph, targets)]
+    asked = with_needs(graph, targets)
     jobs = [] if {"-j", "--jobs", "--cores", "-c"} & set(more) else ["--cores", str(cores)]
-    long = [node.done for node in asked if results().get(node.name, {}).get("long")]
-    prioritize = ["--prioritize", *long] if long else []
+    read = {need for name in asked for need in results().get(name, {}).get("results", [])}
+    early = [graph[name].done for name in asked if name in read or results().get(name, {}).get("long")]
+    prioritize = ["--prioritize", *early] if early else []
     profile = [] if "--workflow-profile" in more else ["--workflow-profile", "none"]     # none of the folder
     return [sys.executable, "-P", "-m", "snakemake", "--snakefile", str(NOTEBOOKS / "Snakefile"),
             "--directory", str(study.out), *jobs, *profile,
