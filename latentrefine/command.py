@@ -276,11 +276,11 @@ def do_reproduce(given, more):
     if not set(more) & set(ELSEWHERE): check_cost(study, targets, given.cores)
     seconds = reproduce(study, targets, given.cores, more)
     what, page = f"{study.out}: {', '.join(targets) or 'every table and figure'}", study.out / "report.html"
-    log = study.out / "logs" / "study.log"
+    log, dry = study.out / "logs" / "study.log", bool(set(more) & set(DRY_RUN))
     if seconds is None: print(f"{what} up to date, nothing to do")
-    elif set(more) & set(DRY_RUN): print(f"{what}: a dry run; what would run is in {log}")
+    elif dry: print(f"{what}: a dry run; what would run is in {log}")
     else: print(f"{what} made in {seconds / 60:.1f} min" + (f"; open {page}" if page.exists() else ""))
-    if not targets and (committed_of(study) / "tables").is_dir():
+    if not targets and not dry and (committed_of(study) / "tables").is_dir():
         say_compared(study, committed_of(study), most=5)
 
 # %% ../nbs/68_command.ipynb #c23

@@ -407,6 +407,8 @@ def test_words_behind_the_dashes_go_to_snakemake(tiny_preset, tmp_path):
     log = (tmp_path / "logs" / "study.log").read_text()
     assert code == 0 and "This was a dry-run" in log and not (tmp_path / "tables").exists(), err
     assert "a dry run" in said and "made" not in said
+    code, said, err = call("reproduce", "--preset", "quick", "--out", tmp_path / "quick", "--", "-n")     # it has committed rows
+    assert code == 0 and "a dry run" in said, said + err
     code, *_ = call(*words, "--", "--no-such-option")
     assert code == 2 and "--no-such-option" in (tmp_path / "logs" / "study.log").read_text()
     refused("tables", "--preset", tiny_preset, "--", "--jobs", "1", says=["words behind --", "reproduce", "tables"])
