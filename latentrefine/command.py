@@ -72,7 +72,9 @@ def add_reproduce(command):
                    "lies outside its interval.")
     five.add_argument("--with", dest="other", default="", metavar="FOLDER",
                       help="the run to compare with; empty: outputs/PRESET")
-    command("publish", "Copy a finished run to outputs/PRESET, to be committed; a mixed one is refused.")
+    six = command("publish", "Copy a finished run to outputs/PRESET, to be committed; a mixed one is "
+                  "refused.")
+    six.add_argument("--group", default="", help="publish this group alone; other results stay as they are")
 
 # %% ../nbs/68_command.ipynb #c08
 def add_refine(command):
@@ -351,10 +353,14 @@ def do_compare(given, more):
 def do_publish(given, more):
     from latentrefine.compare import publish
     from latentrefine.measure import results_of
+    from latentrefine.reproduce import page_of
     study = study_of(given, ())
-    missing = [name for name in results_of(study.preset)
+    only = group_results(study, given.group) if given.group else ()
+    missing = [name for name in only or results_of(study.preset)
                if not (study.out / "answers" / f"{name}.json").exists()]
-    print(f"{publish(study.out, committed_of(study), missing)}: published; look at it with git status")
+    target = publish(study.out, committed_of(study), missing, only)
+    if only: page_of(study, target)
+    print(f"{target}: published; look at it with git status")
 
 # %% ../nbs/68_command.ipynb #c28
 def do_refine(given, more):

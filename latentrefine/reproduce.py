@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'READING', 'TOLD_BY', 'SHOWN_BY', 'MEMORY', 'DRY_RUN', 'Node', 'model_nodes', 'result_key', 'texts_of',
-           'result_nodes', 'nodes', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'stale_nodes', 'plan_of',
-           'engine', 'marks_kept', 'own_cache', 'due_nodes', 'follow', 'running_steps', 'targets_of', 'reproduce',
-           'last_error', 'stop', 'render']
+           'result_nodes', 'nodes', 'title_of', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'stale_nodes',
+           'plan_of', 'engine', 'marks_kept', 'own_cache', 'due_nodes', 'follow', 'running_steps', 'targets_of',
+           'reproduce', 'last_error', 'stop', 'page_of', 'render']
 
 # %% ../nbs/67_reproduce.ipynb #c02
 import json
@@ -117,6 +117,11 @@ def nodes(study):
     return {node.name: node for node in [*made, page]}
 
 # %% ../nbs/67_reproduce.ipynb #c13
+def title_of(study):
+    "The title of a study's page."
+    return f"latentrefine, preset {study.preset_name}" + "".join(f", {one}" for one in study.overrides)
+
+
 def spec_of(study, node):
     "What `run_node` needs, as JSON; paths inside the checkout are relative to it."
     inside = study.out.is_relative_to(ROOT)
@@ -125,10 +130,9 @@ def spec_of(study, node):
                   out=os.path.relpath(study.out, ROOT) if inside else str(study.out))
     if study.overrides: common["overrides"] = list(study.overrides)
     parameters = {**common, **node.parameters}
-    title = f"latentrefine, preset {study.preset_name}" + "".join(f", {one}" for one in study.overrides)
     mark = dict(out=str(study.out), done=node.done, key=node.key, products=list(node.products))
     spec = dict(out=str(study.out), mark=mark)
-    if not node.notebook: return dict(title=title, results=list(results_of(study.preset)), **spec)
+    if not node.notebook: return dict(title=title_of(study), results=list(results_of(study.preset)), **spec)
     return dict(name=node.name, notebook=node.notebook, parameters=parameters, **spec)
 
 # %% ../nbs/67_reproduce.ipynb #c14
@@ -317,6 +321,11 @@ def stop(process):
     except subprocess.TimeoutExpired: process.kill()
 
 # %% ../nbs/67_reproduce.ipynb #c28
+def page_of(study, folder):
+    "Write the page of a study's results from the files of a folder."
+    write_page(folder, title_of(study), list(results_of(study.preset).values()))
+
+# %% ../nbs/67_reproduce.ipynb #c29
 def render(study, names=()):
     "Run the result notebooks of measured results without measuring, then write the page; returns the names."
     measured = [name for name,
@@ -337,7 +346,6 @@ def render(study, names=()):
                 if OF_THIS_STUDY in str(error): raise
                 raise StudyError(f"{name}: its rows lack what its notebook shows ({error}); measure it "
                                  f"again with: latentrefine reproduce {name}{OF_THIS_STUDY}") from error
-        shown = list(results_of(study.preset).values())
-        write_page(study.out, f"latentrefine, preset {study.preset_name}", shown)
+        page_of(study, study.out)
     finally: del os.environ["LATENTREFINE_RENDER_ONLY"]
     return list(names) or measured
