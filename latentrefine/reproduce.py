@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_FILES', 'READING', 'TOLD_BY', 'SHOWN_BY', 'MEMORY', 'DRY_RUN', 'Node', 'model_nodes', 'result_key', 'texts_of',
-           'result_nodes', 'nodes', 'title_of', 'spec_of', 'main', 'with_needs', 'planned', 'drop_stale', 'stale_nodes',
-           'plan_of', 'engine', 'marks_kept', 'own_cache', 'due_nodes', 'follow', 'running_steps', 'targets_of',
-           'reproduce', 'last_error', 'stop', 'page_of', 'render']
+           'result_nodes', 'nodes', 'title_of', 'spec_of', 'main', 'with_needs', 'chains', 'planned', 'drop_stale',
+           'stale_nodes', 'plan_of', 'engine', 'marks_kept', 'own_cache', 'due_nodes', 'follow', 'running_steps',
+           'targets_of', 'reproduce', 'last_error', 'stop', 'page_of', 'render']
 
 # %% ../nbs/67_reproduce.ipynb #c02
 import json
@@ -43,6 +43,7 @@ class Node:
     products: tuple = ()         # files below the output folder
     key: str = ""                # digest of everything it depends on but its needs
     alone: bool = False          # whether it wants all cores to itself
+    steps: int = 100             # training steps; an evaluation counts as much as this
 
     @property
     def done(self): return f"logs/{self.name}.done"      # ignored by git: a fresh clone has run nothing
@@ -64,9 +65,9 @@ def model_nodes(study):
             name = model.name if model.shared else f"{model.name}-s{seed}"
             needs = () if model.shared else ("stories", *(f"{need}-s{seed}" for need in model.needs))
             files = tuple(f"models/{name}/{file}" for file in MODEL_FILES) + (f"curves/{name}.csv",)
-            parameters = dict(model=model.name, seed=seed)
+            parameters, steps = dict(model=model.name, seed=seed), preset.training[model.section]["steps"]
             nodes.append(Node(name, "train.ipynb", parameters, needs, files,
-                              digest_of(key, settings_digest(study, (), 1))))
+                              digest_of(key, settings_digest(study, (), 1)), steps=steps))
     return nodes
 
 # %% ../nbs/67_reproduce.ipynb #c07
@@ -156,7 +157,17 @@ def with_needs(graph, targets):
     return due
 
 
-def planned(graph, name):
+def chains(graph):
+    "Steps on the longest chain of nodes from each node to the end, a dict; the longest is run first."
+    waiting = {name: [other.name for other in graph.values() if name in other.needs] for name in graph}
+    found = {}
+    def length(name):
+        if name not in found: found[name] = graph[name].steps + max(map(length, waiting[name]), default=0)
+        return found[name]
+    return {name: length(name) for name in graph}
+
+# %% ../nbs/67_reproduce.ipynb #c17
+def planned(graph, name, priority):
     """What the Snakefile reads of a node. It waits for the nodes `after`, which do not make it stale when
     newer: the stories enter its key, so that a change of their table trains nothing."""
     node = graph[name]
@@ -164,9 +175,10 @@ def planned(graph, name):
     done = {one: graph[one].done for one in node.needs}
     return dict(name=name, done=node.done, after=[done[one] for one in first],
                 needs=[done[one] for one in node.needs if one not in first], products=list(node.products),
-                key=node.key, alone=node.alone, module="notebooks" if node.notebook else "reproduce")
+                key=node.key, alone=node.alone, priority=priority,
+                module="notebooks" if node.notebook else "reproduce")
 
-# %% ../nbs/67_reproduce.ipynb #c17
+# %% ../nbs/67_reproduce.ipynb #c18
 MEMORY = 4000      # MB that a node asks of a cluster; the presets for a CPU need 2,400
 
 
@@ -176,7 +188,7 @@ def drop_stale(study, node):
     depended on, is due as well."""
     if stale_because(study.out, node.done, node.key): (study.out / node.done).unlink(missing_ok=True)
 
-# %% ../nbs/67_reproduce.ipynb #c18
+# %% ../nbs/67_reproduce.ipynb #c19
 def stale_nodes(study, targets):
     "Why each node that targets need must run, a dict of phrases in order; changes nothing."
     graph, found = nodes(study), {}
@@ -195,27 +207,24 @@ def plan_of(study, targets, cores):
     due = with_needs(graph, targets)
     for name in due: write_text(study.out / "logs" / f"{name}.json", json.dumps(spec_of(study, graph[name])))
     for name in due: drop_stale(study, graph[name])
-    listed = [planned(graph, name) for name in due]
+    length = chains({name: graph[name] for name in due})
+    listed = [planned(graph, name, length[name]) for name in due]
     facts = dict(nodes=listed, python=sys.executable, cores=cores, memory=MEMORY)
     write_text(study.out / "logs" / "study.json", json.dumps(facts))
     return study.out / "logs" / "study.json"
 
-# %% ../nbs/67_reproduce.ipynb #c20
+# %% ../nbs/67_reproduce.ipynb #c21
 def engine(study, targets, cores, more=()):
     "The Snakemake command that brings targets up to date."
-    plan, graph = plan_of(study, targets, cores), nodes(study)
-    asked = with_needs(graph, targets)
+    plan = plan_of(study, targets, cores)
     jobs = [] if {"-j", "--jobs", "--cores", "-c"} & set(more) else ["--cores", str(cores)]
-    read = {need for name in asked for need in results().get(name, {}).get("results", [])}
-    early = [graph[name].done for name in asked if name in read or results().get(name, {}).get("long")]
-    prioritize = ["--prioritize", *early] if early else []
     profile = [] if "--workflow-profile" in more else ["--workflow-profile", "none"]     # none of the folder
     return [sys.executable, "-P", "-m", "snakemake", "--snakefile", str(NOTEBOOKS / "Snakefile"),
             "--directory", str(study.out), *jobs, *profile,
             "--configfile", str(plan), "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime",
-            "params", "input", *prioritize, *more]
+            "params", "input", *more]
 
-# %% ../nbs/67_reproduce.ipynb #c21
+# %% ../nbs/67_reproduce.ipynb #c22
 DRY_RUN = ("-n", "--dry-run", "--dryrun")
 
 
@@ -238,7 +247,7 @@ def own_cache(study, environment):
     kept = {name: value for name, value in environment.items() if name != "SNAKEMAKE_PROFILE"}
     return {**kept, "XDG_CACHE_HOME": str(study.out / ".snakemake" / "cache")}
 
-# %% ../nbs/67_reproduce.ipynb #c22
+# %% ../nbs/67_reproduce.ipynb #c23
 def due_nodes(study, targets):
     "Names of the nodes that a call would run."
     with marks_kept(study):
@@ -248,7 +257,7 @@ def due_nodes(study, targets):
     found = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout + run.stderr, re.M))
     return {name for name in nodes(study) if name.replace("-", "_").replace(".", "_") in found}
 
-# %% ../nbs/67_reproduce.ipynb #c23
+# %% ../nbs/67_reproduce.ipynb #c24
 def follow(process, log):
     """Show the progress of a Snakemake process that writes to the file `log`,
     with the step of running trainings, until it ends."""
@@ -274,7 +283,7 @@ def running_steps(folder):
     found = [path.read_text(errors="replace") for path in sorted(folder.glob("*.progress"))]
     return ", ".join(found)
 
-# %% ../nbs/67_reproduce.ipynb #c24
+# %% ../nbs/67_reproduce.ipynb #c25
 def targets_of(graph, names):
     "Node names for what a user names: a result, or a model at every seed; StudyError for others."
     made_by = {name: results().get(name, {}).get("notebook", name) for name in names}
@@ -284,7 +293,7 @@ def targets_of(graph, names):
     if unknown: raise StudyError(f"target {', '.join(unknown)}: not known; choose from {', '.join(graph)}")
     return list(dict.fromkeys(node for one in found.values() for node in one))
 
-# %% ../nbs/67_reproduce.ipynb #c25
+# %% ../nbs/67_reproduce.ipynb #c26
 def reproduce(study, names, cores, more=()):
     """Bring targets up to date; returns the seconds it took, or None if nothing was due.
     StudyError if a node fails."""
@@ -307,7 +316,7 @@ def reproduce(study, names, cores, more=()):
     shutil.rmtree(study.out / DRAFT_STATES, ignore_errors=True)
     return None if "Nothing to be done" in text else time.monotonic() - began
 
-# %% ../nbs/67_reproduce.ipynb #c26
+# %% ../nbs/67_reproduce.ipynb #c27
 def last_error(text):
     "The last line of a log that names an error, in brackets, or nothing."
     found = re.findall(r"^(?:\S+: )?\w*[Ee]rror: \S.*$", text, re.M)
@@ -320,12 +329,12 @@ def stop(process):
     try: process.wait(timeout=30)
     except subprocess.TimeoutExpired: process.kill()
 
-# %% ../nbs/67_reproduce.ipynb #c28
+# %% ../nbs/67_reproduce.ipynb #c29
 def page_of(study, folder):
     "Write the page of a study's results from the files of a folder."
     write_page(folder, title_of(study), list(results_of(study.preset).values()))
 
-# %% ../nbs/67_reproduce.ipynb #c29
+# %% ../nbs/67_reproduce.ipynb #c30
 def render(study, names=()):
     "Run the result notebooks of measured results without measuring, then write the page; returns the names."
     measured = [name for name,
