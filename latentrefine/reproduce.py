@@ -168,8 +168,8 @@ def chains(graph):
 
 # %% ../nbs/67_reproduce.ipynb #c17
 def planned(graph, name, priority):
-    """What the Snakefile reads of a node. It waits for the nodes `after`, which do not make it stale when
-    newer: the stories enter its key, so that a change of their table trains nothing."""
+    """What the Snakefile reads of a node. The node waits for those in `after`, but does not become stale when
+    they are newer: the stories enter its key, so a rewritten table of stories causes no training."""
     node = graph[name]
     first = [need for need in node.needs if results().get(need, {}).get("first")]
     done = {one: graph[one].done for one in node.needs}
@@ -183,9 +183,9 @@ MEMORY = 4000      # MB that a node asks of a cluster; the presets for a CPU nee
 
 
 def drop_stale(study, node):
-    """Remove the mark of a finished node that was made under another key or whose files have changed.
-    Snakemake's own triggers see neither changed files, nor the key where a node that is waited for, but not
-    depended on, is due as well."""
+    """Remove the completion mark of a node whose key or files have changed.
+    Snakemake's own triggers miss changed files. They also miss a changed key while a node that this one
+    waits for without depending on it (`after`) is due."""
     if stale_because(study.out, node.done, node.key): (study.out / node.done).unlink(missing_ok=True)
 
 # %% ../nbs/67_reproduce.ipynb #c19
@@ -230,7 +230,7 @@ DRY_RUN = ("-n", "--dry-run", "--dryrun")
 
 @contextmanager
 def marks_kept(study):
-    "Put back the marks that are removed meanwhile: what a dry run asks for changes nothing."
+    "Restore the completion marks that are removed within the context, so that a dry run changes nothing."
     paths = (study.out / "logs").glob("*.done")
     marks = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     try: yield
