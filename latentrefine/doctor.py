@@ -118,7 +118,7 @@ def operations_of(study, model):
     return study.preset.training[model.section]["steps"] * step
 
 # %% ../nbs/67_doctor.ipynb #c13
-SHARE = .35      # of the matrix-product peak that a training step reaches, the median of the benchmark
+SHARE = .35      # of the matrix-product peak that a training step reaches, about the median of the benchmark
 DAY = 86_400     # seconds
 
 

@@ -192,18 +192,18 @@ def add_gain(frame, keys, scores, base, value="target_probability", name="gain")
     return frame.assign(**{f"{name}{end}": column for end, column in zip(("", "_low", "_high"), columns)})
 
 # %% ../nbs/62_measure.ipynb #c18
-FLOOR = .3      # target probability with the undamaged draft below which no comparison is told
+FLOOR = .3      # target probability with the clean draft below which no comparison is made
 
 
 def floor_of(probability):
-    "`at the floor` or `above` it, for a target probability with the undamaged draft; None without one."
+    "`at the floor` or `above` it, for a target probability with the clean draft; None without one."
     return None if pd.isna(probability) else "at the floor" if probability < FLOOR else "above"
 
 
-def verdict(low, high, threshold=0., stories=FEWEST, undamaged=None):
+def verdict(low, high, threshold=0., stories=FEWEST, uncorrupted=None):
     """Whether an interval over `stories` lies `above` or `below` a threshold, or is `undecided`, and why.
-    `at the floor` if `undamaged`, the target probability with the undamaged draft, is."""
-    if floor_of(undamaged) == "at the floor": return "at the floor"
+    `at the floor` if `uncorrupted`, the target probability with the clean draft, is."""
+    if floor_of(uncorrupted) == "at the floor": return "at the floor"
     if stories < FEWEST: return f"undecided: {stories} of {FEWEST} stories"
     return "above" if low > threshold else "below" if high < threshold else "undecided"
 

@@ -124,13 +124,13 @@ def origin_of(rows):
     return "; ".join(found) + "." if found else ""
 
 # %% ../nbs/63_report.ipynb #c19
-def verdicts(frame, name, fewest=0, undamaged=None):
+def verdicts(frame, name, fewest=0, uncorrupted=None):
     """The verdict of each line on the interval of the column `name`: `above` or `below` 0, or `undecided`.
     Lines with fewer than `fewest` stories are undecided: no interval over so few is reliable.
-    `undamaged`: the column of target probabilities with the undamaged draft, which may be `at the floor`."""
-    given = frame[undamaged] if undamaged else [None] * len(frame)
+    `uncorrupted`: the column of target probabilities with the clean draft, which may be `at the floor`."""
+    given = frame[uncorrupted] if uncorrupted else [None] * len(frame)
     ends = zip(frame[f"{name}_low"], frame[f"{name}_high"], given)
-    found = [verdict(low, high, undamaged=clean) for low, high, clean in ends]
+    found = [verdict(low, high, uncorrupted=clean) for low, high, clean in ends]
     if not fewest: return found
     decided = ("above", "below")
     return ["undecided" if n < fewest and side in decided else side for side, n in zip(found, frame.n)]
