@@ -28,7 +28,7 @@ def named(frame):
     def names_line(column):
         if column in SETTINGS: return True
         told = column.startswith(TOLD) or column.endswith("against_floor")
-        return not compared and not pd.api.types.is_numeric_dtype(frame[column])
+        return not told and not pd.api.types.is_numeric_dtype(frame[column])
     shown = [column for column in frame if frame[column].notna().any() and names_line(column)]
     lines = [", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in row
                        if pd.notna(value)) for row in frame[shown].itertuples(index=False)]
