@@ -358,8 +358,8 @@ def do_publish(given, more):
     only = group_results(study, given.group) if given.group else ()
     missing = [name for name in only or results_of(study.preset)
                if not (study.out / "answers" / f"{name}.json").exists()]
-    target = publish(study.out, committed_of(study), missing, only)
-    if only: page_of(study, target)
+    write_page = (lambda folder: page_of(study, folder)) if only else None
+    target = publish(study.out, committed_of(study), missing, only, write_page)
     print(f"{target}: published; look at it with git status")
 
 # %% ../nbs/68_command.ipynb #c28

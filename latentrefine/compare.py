@@ -140,10 +140,10 @@ def copy_parts(run, fresh, only):
         path.write_text(re.sub(r"\]\((?:\.\./)+nbs/", "](../../../nbs/", text), encoding="utf-8")
 
 # %% ../nbs/63_compare.ipynb #c16
-def publish(run, target, missing=(), only=()):
+def publish(run, target, missing=(), only=(), write_page=None):
     """Copy a finished run to the committed folder `target`, outputs/PRESET, replacing what is there.
 
-    only: names of results; the files of others stay, and the page is to be written again.
+    only: names of results; the files of others stay. write_page: writes the page of a folder, for `only`.
     missing: names of results that the run has not. StudyError for an unfinished or a mixed run."""
     run, target = Path(run), Path(target)
     if missing:
@@ -156,9 +156,10 @@ def publish(run, target, missing=(), only=()):
     fresh = target.with_name(f".{target.name}.partial")
     if fresh.exists(): shutil.rmtree(fresh)
     if only and target.exists():
-        shutil.copytree(target, fresh, ignore=lambda folder, names:
-                        [name for name in names if belongs(Path(name), only)])
+        shutil.copytree(target, fresh, ignore=lambda folder, names: [
+            name for name in names if Path(folder).name in PER_RESULT and belongs(Path(name), only)])
     copy_parts(run, fresh, only)
+    if write_page: write_page(fresh)
     if target.exists(): shutil.rmtree(target)
     fresh.rename(target)
     return target
